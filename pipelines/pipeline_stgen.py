@@ -1,0 +1,435 @@
+"""STGenPipeline: text, a mask, and the one sampling loop of all tasks.
+
+Shapes: b prompts times videos per prompt; video `b c t h w` in [-1, 1]; mask `b 1 t h w`, 1 = generate, 0 = given;
+latents `b z t' h' w'`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stgen.config import require
+from stgen.masks import fold_mask, hide, keep_given
+from stgen.models.autoencoder import AutoencoderKLSTGen
+from stgen.models.transformer import STGenTransformer3DModel
+from stgen.pipelines.pipeline_output import STGenPipelineOutput
+from stgen.text import encode_text
+
+Video = Tensor | np.ndarray | list[PIL.Image.Image] | list[list[PIL.Image.Image]]
+"""One video or a batch, as diffusers' VideoProcessor takes it: images, arrays `[b] t h w c` or tensors `[b] t c h w` in [0, 1]."""
+
+
+class STGenPipeline(DiffusionPipeline):
+    """Generates videos from text and, through a mask, from any part of a video.
+
+    Prediction, interpolation and inpainting are thin siblings of this class that build the mask from friendlier
+    arguments; all share this loop, these components and one saved folder.
+
+    Args:
+        tokenizer, text_encoder: any transformers text encoder; its per-token states condition the transformer.
+        vae: the causal video VAE.
+        transformer: predicts the velocity of the generated cells.
+        scheduler: any flow-matching scheduler of diffusers.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: PreTrainedModel,
+        vae: AutoencoderKLSTGen,
+        transformer: STGenTransformer3DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+        # Factor 1: sizes are padded inside the VAE, so the processor must not round them.
+        self.video_processor = VideoProcessor(vae_scale_factor=1)
+        self._guidance_scale = 1.0
+        self._num_timesteps = 0
+        self._current_timestep: Tensor | None = None
+        self._interrupt = False
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    # --- Inputs ---------------------------------------------------------------------------------------------------
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int = 128,
+        device: torch.device | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Encodes the prompts, or takes embeddings as they are.
+
+        Returns:
+            prompt_embeds, negative_prompt_embeds `b n d` (the second None without guidance), and their masks bool
+            `b n`, true for tokens.
+        """
+        device = device or self._execution_device
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            assert prompts is not None
+            prompt_embeds, prompt_attention_mask = encode_text(
+                self.tokenizer, self.text_encoder, prompts, max_sequence_length
+            )
+        batch_size = prompt_embeds.shape[0]
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative = negative_prompt or ""
+            negatives = [negative] * batch_size if isinstance(negative, str) else negative
+            negative_prompt_embeds, negative_prompt_attention_mask = encode_text(
+                self.tokenizer, self.text_encoder, negatives, max_sequence_length
+            )
+
+        def finish(embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask
+            embeds = embeds.to(device, self.transformer.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+            return embeds, mask.to(device).bool().repeat_interleave(num_videos_per_prompt, dim=0)
+
+        prompt_embeds, prompt_attention_mask = finish(prompt_embeds, prompt_attention_mask)
+        if do_classifier_free_guidance:
+            negative_prompt_embeds, negative_prompt_attention_mask = finish(
+                negative_prompt_embeds, negative_prompt_attention_mask
+            )
+        return prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        guidance_scale: float,
+        num_inference_steps: int,
+        num_videos_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end_tensor_inputs: list[str],
+        output_type: str,
+    ) -> int:
+        """Raises `ValueError` for whatever doesn't fit together; returns the number of prompts."""
+        one_of = (prompt is None) != (prompt_embeds is None)
+        require(one_of, "prompt", prompt, "exactly one of prompt and prompt_embeds")
+        require(isinstance(prompt, str | list | None), "prompt", prompt, "a str or a list of str")
+        require(not isinstance(prompt, list) or len(prompt) > 0, "prompt", prompt, "at least one prompt")
+        one_of = negative_prompt is None or negative_prompt_embeds is None
+        require(one_of, "negative_prompt", negative_prompt, "at most one of negative_prompt and negative_prompt_embeds")
+        prompts = 1 if isinstance(prompt, str) else len(prompt) if prompt is not None else len(prompt_embeds)
+        for name, value in (("negative_prompt", negative_prompt), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if value is not None and not isinstance(value, str):
+                require(len(value) == prompts, name, f"a batch of {len(value)}", f"one for each of {prompts} prompts")
+        embedded = prompt_embeds is not None and negative_prompt_embeds is not None
+        if embedded and prompt_embeds.shape[0] != negative_prompt_embeds.shape[0]:
+            shapes = f"{tuple(prompt_embeds.shape)} and {tuple(negative_prompt_embeds.shape)}"
+            raise ValueError(f"prompt_embeds and negative_prompt_embeds have shapes {shapes}, allowed: equal batches")
+        require(guidance_scale >= 0, "guidance_scale", guidance_scale, "0 or more; 1 or less switches guidance off")
+        require(num_inference_steps >= 1, "num_inference_steps", num_inference_steps, "1 or more")
+        require(num_videos_per_prompt >= 1, "num_videos_per_prompt", num_videos_per_prompt, "1 or more")
+        if isinstance(generator, list):
+            b = prompts * num_videos_per_prompt
+            require(
+                len(generator) == b, "generator", f"a list of {len(generator)}", f"one, or one for each of {b} videos"
+            )
+        for name in callback_on_step_end_tensor_inputs:
+            allowed = self._callback_tensor_inputs
+            require(name in allowed, "callback_on_step_end_tensor_inputs", name, ", ".join(allowed))
+        require(output_type in ("pil", "np", "pt", "latent"), "output_type", output_type, "pil, np, pt, latent")
+        return prompts
+
+    def prepare_video(self, video: Video, height: int | None, width: int | None) -> Tensor:
+        """A video or a batch of them, in any form, as `b c t h w` in [-1, 1], resized only if a size is asked for."""
+        prepared = self.video_processor.preprocess_video(video, height=height, width=width)
+        return prepared.to(self._execution_device, torch.float32)
+
+    @staticmethod
+    def as_frames(video: Tensor) -> Tensor:
+        """`b c t h w` in [-1, 1] as the argument `video` takes it: `b t c h w` in [0, 1]."""
+        return (video / 2 + 0.5).transpose(1, 2)
+
+    @staticmethod
+    def optional_prompt(prompt: str | list[str] | None, batch_size: int, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments for a task that shows what it wants: no prompt is one empty prompt a video, without guidance."""
+        if prompt is not None or arguments.get("prompt_embeds") is not None:
+            return {"prompt": prompt, **arguments}
+        return {"prompt": [""] * batch_size, "guidance_scale": 1.0, **arguments}
+
+    def prepare_mask(self, mask: Tensor | np.ndarray, shape: torch.Size, batch_size: int) -> Tensor:
+        """A mask `[b] [1] t h w` of zeros and ones as `b 1 t h w`.
+
+        Raises:
+            ValueError: another shape than the video's, or values other than 0 and 1.
+        """
+        mask = torch.as_tensor(mask, dtype=torch.float32, device=self._execution_device)
+        mask = mask[None, None] if mask.ndim == 3 else mask[None] if mask.ndim == 4 else mask
+        fits = mask.ndim == 5 and mask.shape[1] == 1 and mask.shape[2:] == shape[2:] and mask.shape[0] in (1, shape[0])
+        require(fits, "mask.shape", tuple(mask.shape), f"(b, 1, t, h, w) = {(shape[0], 1, *shape[2:])}")
+        require(bool(((mask == 0) | (mask == 1)).all()), "mask", "other values", "only 1 (generate) and 0 (given)")
+        return self._repeat(mask, batch_size, "mask")
+
+    @staticmethod
+    def _repeat(x: Tensor, batch_size: int, name: str) -> Tensor:
+        """Repeats a batch of 1 or of the prompts to one of prompts times videos per prompt."""
+        require(
+            batch_size % len(x) == 0, name, f"a batch of {len(x)}", f"one, or one for each prompt ({batch_size} in all)"
+        )
+        return x.repeat_interleave(batch_size // len(x), dim=0)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_frames: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Noise `b z t' h' w'`, or the given latents after a check of their shape."""
+        p, s = self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
+        grid = (1 + -(-(num_frames - 1) // p), -(-height // s), -(-width // s))
+        shape = (batch_size, self.transformer.config.in_channels, *grid)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        require(tuple(latents.shape) == shape, "latents.shape", tuple(latents.shape), f"{shape}")
+        return latents.to(self._execution_device, torch.float32)
+
+    # --- The loop -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        video: Video | None = None,
+        mask: Tensor | np.ndarray | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.0,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        max_sequence_length: int = 128,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+    ) -> STGenPipelineOutput | tuple[Any]:
+        """Generates videos.
+
+        Args:
+            prompt: what to generate; the empty prompt is allowed.
+            negative_prompt: what to guide away from; the empty prompt by default.
+            video: where pixels are given: one video, or one for each prompt. Its hidden pixels are never looked at.
+            mask: which pixels of `video` to generate: `[b] [1] t h w`, 1 = generate, 0 = given. The given pixels come
+                back exactly.
+            height, width: of a frame in pixels; any size. By default that of `video`, else that of the training clips.
+                A `video` of another size is resized.
+            num_frames: any number; by default that of `video`, else that of the training clips.
+            num_inference_steps: steps of the scheduler.
+            guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 or less switches it off.
+            num_videos_per_prompt: videos for each prompt; those of one prompt follow each other.
+            generator: one, or one for each video; each makes its result reproducible.
+            latents: initial noise `b z t' h' w'` instead of fresh one.
+            prompt_embeds, negative_prompt_embeds: text states `b n d` in place of the prompts, with their
+                attention masks bool `b n`; no mask means that all are tokens.
+            max_sequence_length: tokens of a prompt; longer ones are cut with a warning.
+            output_type: `pil`, `np`, `pt` or `latent`.
+            return_dict: whether to return an `STGenPipelineOutput` or a tuple.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; the tensors
+                that it returns replace the loop's.
+            callback_on_step_end_tensor_inputs: names of the tensors it gets.
+
+        Returns:
+            The videos, `.frames`.
+
+        Raises:
+            ValueError: arguments that don't fit together, each named with its value.
+        """
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        prompts = self.check_inputs(
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            guidance_scale,
+            num_inference_steps,
+            num_videos_per_prompt,
+            generator,
+            list(callback_on_step_end_tensor_inputs),
+            output_type,
+        )
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device, b = self._execution_device, prompts * num_videos_per_prompt
+
+        # The mask and what it leaves of the video: all that the model ever sees of it.
+        require(
+            (video is None) == (mask is None),
+            "mask",
+            "missing" if mask is None else "given",
+            "given exactly when video is",
+        )
+        if video is not None and mask is not None:
+            pixels = self.prepare_video(video, height, width)
+            fits = num_frames is None or num_frames == pixels.shape[2]
+            require(fits, "num_frames", num_frames, f"{pixels.shape[2]}, the frames of video")
+            pixel_mask = self.prepare_mask(mask, pixels.shape, b)
+            pixels = self._repeat(pixels, b, "video")
+            num_frames, height, width = pixels.shape[2:]
+            masked = hide(pixels, pixel_mask).to(self.vae.dtype)
+            condition_latents = self.vae.normalize_latents(self.vae.encode(masked).latent_dist.mode().float())
+            factors = (self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio)
+            condition_mask = fold_mask(pixel_mask, *factors)
+        else:
+            num_frames = num_frames or self.transformer.config.sample_frames
+            height = height or self.transformer.config.sample_height
+            width = width or self.transformer.config.sample_width
+            condition_latents = condition_mask = None
+        for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
+            require(value >= 1, name, value, "1 or more")
+
+        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
+            self.encode_prompt(
+                prompt,
+                negative_prompt,
+                self.do_classifier_free_guidance,
+                num_videos_per_prompt,
+                prompt_embeds,
+                negative_prompt_embeds,
+                prompt_attention_mask,
+                negative_prompt_attention_mask,
+                max_sequence_length,
+                device,
+            )
+        )
+        latents = self.prepare_latents(b, num_frames, height, width, generator, latents)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                velocity = self._guided_velocity(
+                    latents,
+                    t,
+                    prompt_embeds,
+                    negative_prompt_embeds,
+                    prompt_attention_mask,
+                    negative_prompt_attention_mask,
+                    condition_latents,
+                    condition_mask,
+                )
+                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    known = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    passed = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, i, t, passed)
+                    latents = returned.pop("latents", latents)
+                    prompt_embeds = returned.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = returned.pop("negative_prompt_embeds", negative_prompt_embeds)
+                progress_bar.update()
+        self._current_timestep = None
+
+        if condition_latents is not None and condition_mask is not None:
+            latents = self.transformer.insert_given(latents, condition_latents, condition_mask)
+        if output_type == "latent":
+            frames: Any = latents
+        else:
+            z = self.vae.denormalize_latents(latents).to(self.vae.dtype)
+            decoded = self.vae.decode(z, sample_size=(num_frames, height, width)).sample.float()
+            if video is not None:
+                decoded = keep_given(decoded, pixels, pixel_mask)
+            frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return STGenPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _guided_velocity(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None,
+        prompt_attention_mask: Tensor,
+        negative_prompt_attention_mask: Tensor | None,
+        condition_latents: Tensor | None,
+        condition_mask: Tensor | None,
+    ) -> Tensor:
+        """v = v_negative + scale (v_prompt - v_negative) (arXiv:2207.12598), both in one forward of twice the batch."""
+        copies = 1
+        if self.do_classifier_free_guidance:
+            copies = 2
+            longest = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
+            pad = [longest - negative_prompt_embeds.shape[1], longest - prompt_embeds.shape[1]]
+            both = zip((negative_prompt_embeds, prompt_embeds), pad, strict=True)
+            prompt_embeds = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, k)) for x, k in both])
+            both = zip((negative_prompt_attention_mask, prompt_attention_mask), pad, strict=True)
+            prompt_attention_mask = torch.cat([torch.nn.functional.pad(x, (0, k)) for x, k in both])
+
+        def repeat(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.cat([x.to(self.transformer.dtype)] * copies)
+
+        with self.transformer.cache_context("cond_uncond"):
+            velocity = self.transformer(
+                repeat(latents),
+                t.expand(copies * len(latents)),
+                prompt_embeds,
+                encoder_attention_mask=prompt_attention_mask,
+                condition_latents=repeat(condition_latents),
+                condition_mask=repeat(condition_mask),
+                return_dict=False,
+            )[0].float()
+        if not self.do_classifier_free_guidance:
+            return velocity
+        negative, positive = velocity.chunk(2)
+        return negative + self.guidance_scale * (positive - negative)

@@ -1,0 +1,77 @@
+"""One way to get an Accelerator that does what the launch command asked for, or stops."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedType
+
+from stgen.tracking import JsonlTracker
+
+
+def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm: float) -> Accelerator:
+    """The Accelerator of a training run, checked against what `accelerate launch` asked for.
+
+    Mixed precision and the distributed strategy come from the launch command or its config file; what the run's own
+    configuration decides (batch size, accumulation, clipping) is told to DeepSpeed here, so that it stands in one place.
+
+    Args:
+        batch_size: samples of one process in one forward.
+
+    Raises:
+        ValueError: the strategy in force is not the one asked for, or one that is known to train wrongly here.
+    """
+    asked_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    asked_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = not torch.cuda.is_available()
+    handlers = []
+    if on_cpu:
+        if asked_fsdp:
+            raise ValueError("FSDP on CPU trains unsynchronised without an error in Accelerate: use DDP or DeepSpeed")
+        if world_size > 1 or asked_deepspeed:
+            # Without a backend named, Accelerate counts one process under DeepSpeed on CPU.
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        if asked_deepspeed:
+            import deepspeed.ops
+
+            # The shared-memory op compiles at first use, and hangs on the lock that a killed build leaves behind.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = Accelerator(
+        gradient_accumulation_steps=accumulate, kwargs_handlers=handlers, log_with=[JsonlTracker(run)]
+    )
+
+    in_force = accelerator.distributed_type
+    if asked_deepspeed != (in_force == DistributedType.DEEPSPEED) or asked_fsdp != (in_force == DistributedType.FSDP):
+        asked = "DEEPSPEED" if asked_deepspeed else "FSDP" if asked_fsdp else "neither DEEPSPEED nor FSDP"
+        raise ValueError(f"the launch asked for {asked}, but {in_force} is in force (is ACCELERATE_USE_CPU set?)")
+    if accelerator.num_processes != world_size:
+        raise ValueError(f"the launch started {world_size} processes, but {accelerator.num_processes} are in force")
+
+    if on_cpu and int(os.environ.get("OMP_NUM_THREADS", "1")) == 1:
+        # One thread a process is what `accelerate launch` sets when nobody chose; a CPU run wants all cores.
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+
+    if in_force == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "train_batch_size": batch_size * accumulate * world_size,
+            "gradient_accumulation_steps": accumulate,
+            "gradient_clipping": max_grad_norm,
+        }
+    return accelerator
+
+
+@contextmanager
+def stop_on_value_error() -> Iterator[None]:
+    """A user's mistake ends the process with its one line and exit status 2, not with a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,62 @@
+"""Configuration: dataclass <- YAML file <- `key.sub=value` on the command line.
+
+Each module owns the dataclass of its own arguments and checks them in `__post_init__`. Unknown keys, wrong types and
+values out of range raise `ValueError` with the key in the message; nothing reads a configuration through defaults
+scattered in the code. The resolved configuration is saved in the run folder, and is itself a valid `--config`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ConfigT = TypeVar("ConfigT")
+
+
+def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides: Sequence[str] = ()) -> ConfigT:
+    """Builds `schema` from its defaults, then the YAML file at `path`, then `overrides` like `optimizer.lr=1e-4`.
+
+    Raises:
+        ValueError: the file is missing or no mapping, a key is unknown, or a value has the wrong type or range.
+    """
+    layers = [OmegaConf.structured(schema)]
+    try:
+        if path is not None:
+            if not Path(path).is_file():
+                raise ValueError(f"config: no such file: {path}")
+            layers.append(OmegaConf.load(path))
+        for override in overrides:
+            if "=" not in override:
+                raise ValueError(f"config: an override is written key.sub=value, not {override!r}")
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_object(OmegaConf.merge(*layers))  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        # OmegaConf's message spans lines (key, reference type); the first line and the full key say it all.
+        reason = str(error).splitlines()[0]
+        where = f" (key {error.full_key})" if getattr(error, "full_key", None) else ""
+        raise ValueError(f"config: {reason}{where}") from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config: {path}: {error}") from error
+
+
+def save_config(config: object, path: str | Path) -> None:
+    """Writes the resolved configuration, every field spelled out, as YAML."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def parse_command_line(schema: type[ConfigT], description: str, argv: Sequence[str] | None = None) -> ConfigT:
+    """The command line of the training entry points: `--config FILE [key.sub=value ...]`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="YAML file of the run's configuration")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replaces one value of the file")
+    arguments = parser.parse_args(argv)
+    return load_config(schema, arguments.config, arguments.overrides)
+
+
+def require(condition: bool, argument: str, value: object, allowed: str) -> None:
+    """Raises the `ValueError` that all of stgen's refusals are: the argument, its value, and what is allowed."""
+    if not condition:
+        raise ValueError(f"{argument} is {value!r}, allowed: {allowed}")

@@ -1,0 +1,1 @@
+"""The models: the spatial-temporal diffusion transformer and the 3D causal VAE."""

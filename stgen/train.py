@@ -1,0 +1,255 @@
+"""Trains the transformer: `accelerate launch stgen/train.py --config FILE [key.sub=value ...]`.
+
+The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkpoints/ and export/, a diffusers folder
+that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, the last ones as `variant="raw"`.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from stgen.accelerator import make_accelerator, stop_on_value_error
+from stgen.checkpoint import check_global_batch, resume, save_checkpoint
+from stgen.config import parse_command_line, require, save_config
+from stgen.data.reading import ClipDataset, DataConfig, clip_loader, fold_seed, to_pixels
+from stgen.flow import interpolant, masked_mse, sample_time, velocity
+from stgen.masks import MaskSpec, draw_mixture, fold_mask, generated_cells, hide
+from stgen.models.autoencoder import AutoencoderKLSTGen
+from stgen.models.transformer import STGenTransformer3DModel
+from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
+from stgen.pipelines import STGenPipeline
+from stgen.text import TextCache, load_text_encoder
+from stgen.tracking import progress_bar
+
+
+@dataclass
+class FlowConfig:
+    """How times are drawn: logit-normal, then shifted (see stgen.flow.sample_time)."""
+
+    mean: float = 0.0
+    """Mean of the normal before the sigmoid."""
+    std: float = 1.0
+    """Its standard deviation; 0 draws uniform times instead."""
+    shift: float = 1.0
+    """Above 1 moves times towards noise, in training and in the exported scheduler alike."""
+
+    def __post_init__(self) -> None:
+        require(self.std >= 0, "flow.std", self.std, "0 or more")
+        require(self.shift > 0, "flow.shift", self.shift, "above 0")
+
+
+@dataclass
+class TrainConfig:
+    """A transformer training run."""
+
+    run: str = "???"
+    """Run folder; an unfinished run in it is resumed."""
+    vae: str = "???"
+    """Folder of a trained AutoencoderKLSTGen."""
+    text_encoder: str = "all-MiniLM-L6-v2"
+    """A transformers text encoder, by folder or name; its per-token states condition the model. At scale: a T5."""
+    max_text_length: int = 128
+    """Tokens of a caption; longer ones are cut with a warning."""
+    text_dropout: float = 0.1
+    """Share of captions replaced by the empty one, for classifier-free guidance."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    """Arguments of STGenTransformer3DModel; those that follow from VAE, text encoder and data are filled in."""
+    masks: list[MaskSpec] = field(default_factory=lambda: [MaskSpec()])
+    """Mixture of masks; each clip draws its own."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    samples: int = 1_000_000
+    """Clips to see in all."""
+    batch_size: int = 8
+    """Clips of one process in one forward."""
+    accumulate: int = 1
+    """Forwards of one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Trades compute for memory: activations are computed again in the backward pass."""
+    seed: int = 0
+    """Seeds the weights, the order of the data and all draws."""
+    checkpoint_every: int = 1000
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept."""
+    log_every: int = 20
+    """Optimizer steps between rows of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        names = ("max_text_length", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints")
+        for name in (*names, "log_every"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(0 <= self.text_dropout <= 1, "text_dropout", self.text_dropout, "0 to 1")
+        require(len(self.masks) > 0, "masks", self.masks, "at least one entry")
+        derived = {"self", "in_channels", "text_dim", "mask_channels", "sample_frames", "sample_height", "sample_width"}
+        allowed = sorted(inspect.signature(STGenTransformer3DModel.__init__).parameters.keys() - derived)
+        for name in self.model:
+            require(name in allowed, "model", name, ", ".join(allowed))
+
+
+def make_model(config: TrainConfig, vae: AutoencoderKLSTGen, text_dim: int) -> STGenTransformer3DModel:
+    """The transformer that fits this VAE, text encoder and data, with weights drawn from `config.seed`."""
+    torch.manual_seed(config.seed)  # for the initial weights; every later draw has a generator of its own
+    return STGenTransformer3DModel(
+        in_channels=vae.config.latent_channels,
+        text_dim=text_dim,
+        mask_channels=vae.temporal_compression_ratio,
+        sample_frames=config.data.num_frames,
+        sample_height=config.data.height,
+        sample_width=config.data.width,
+        **config.model,
+    )
+
+
+@torch.no_grad()
+def model_inputs(
+    batch: dict[str, Any], config: TrainConfig, vae: AutoencoderKLSTGen, text: TextCache, device: torch.device
+) -> dict[str, Tensor]:
+    """Everything the loss needs, from a batch of clips; every draw is a function of (seed, position) alone.
+
+    The masked video is encoded by itself, so nothing that the model sees depends on a hidden pixel. A batch without any
+    given pixel needs no such encoding.
+
+    Returns:
+        latents, noise, condition_latents `b c t h w`; condition_mask `b p t h w`; time `b`; text `b n d`, text_mask.
+    """
+    video = to_pixels(batch["video"])
+    masks, captions, times, seeds = [], [], [], []
+    for position, caption in zip(batch["position"], batch["caption"], strict=True):
+        generator = torch.Generator().manual_seed(fold_seed(config.seed, position))
+        masks.append(draw_mixture(config.masks, tuple(video.shape[2:]), generator))
+        dropped = torch.rand((), generator=generator) < config.text_dropout
+        captions.append("" if dropped else caption)
+        times.append(sample_time(1, config.flow.mean, config.flow.std, config.flow.shift, generator))
+        seeds.append(generator)
+    mask = torch.stack(masks)
+    states, text_mask = text(captions)
+
+    video, mask = video.to(device), mask.to(device)
+    some_given = (mask == 0).flatten(1).any(1)
+    both = torch.cat([video, hide(video, mask)[some_given]]).to(vae.dtype)
+    encoded = vae.normalize_latents(vae.encode(both).latent_dist.mode().float())
+    latents, condition = encoded[: len(video)], torch.zeros_like(encoded[: len(video)])
+    condition[some_given] = encoded[len(video) :]
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in seeds])
+    return {
+        "latents": latents,
+        "noise": noise.to(device),
+        "time": torch.cat(times).to(device),
+        "condition_latents": condition,
+        "condition_mask": fold_mask(mask, vae.temporal_compression_ratio, vae.spatial_compression_ratio),
+        "text": states.to(device),
+        "text_mask": text_mask.to(device),
+    }
+
+
+def flow_loss(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """E |v(x_t, t) - (e - x)|^2 over generated cells  (rectified flow, arXiv:2209.03003)."""
+    noisy = interpolant(inputs["latents"], inputs["noise"], inputs["time"])
+    prediction = model(
+        noisy,
+        1000 * inputs["time"],
+        inputs["text"],
+        encoder_attention_mask=inputs["text_mask"],
+        condition_latents=inputs["condition_latents"],
+        condition_mask=inputs["condition_mask"],
+        return_dict=False,
+    )[0]
+    target = velocity(inputs["latents"], inputs["noise"])
+    return masked_mse(prediction, target, generated_cells(inputs["condition_mask"]))
+
+
+def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, vae: AutoencoderKLSTGen) -> Path:
+    """Writes `run/export`, a diffusers folder with the averaged weights, and the last ones as variant `raw`."""
+    folder = Path(config.run) / "export"
+    model.save_pretrained(folder / "transformer", variant="raw")
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    tokenizer, text_encoder = load_text_encoder(config.text_encoder)
+    pipeline = STGenPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=model,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.flow.shift),
+    )
+    pipeline.save_pretrained(folder)
+    ema.restore(model.parameters())
+    return folder
+
+
+def train(config: TrainConfig) -> None:
+    """Trains to `config.samples` clips, from the newest checkpoint of the run if there is one, and exports."""
+    run = Path(config.run)
+    accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
+    dataset = ClipDataset(config.data, config.seed)
+    vae = AutoencoderKLSTGen.from_pretrained(config.vae).eval().requires_grad_(False).to(accelerator.device)
+    cache = run / "cache" / "text.safetensors"
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+        TextCache.build(cache, config.text_encoder, ["", *dataset.captions()], config.max_text_length)
+    accelerator.wait_for_everyone()
+    text = TextCache(cache)
+
+    net = make_model(config, vae, text.dim)
+    if config.gradient_checkpointing:
+        net.enable_gradient_checkpointing()
+    model, optimizer = accelerator.prepare(net, make_optimizer(net, config.optimizer))
+    ema = EMAModel(net.parameters(), decay=config.optimizer.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    accelerator.init_trackers("stgen")
+
+    step, samples = resume(accelerator, run)
+    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
+    check_global_batch(samples, global_batch)
+    batches = clip_loader(
+        dataset, samples, config.batch_size, config.data.workers, accelerator.process_index, accelerator.num_processes
+    )
+    bar = progress_bar(config.samples, samples, accelerator.is_main_process, "train")
+    losses: list[Tensor] = []
+    while samples < config.samples:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, samples, config.samples)
+        for _ in range(config.accumulate):
+            with accelerator.accumulate(model):
+                loss = flow_loss(model, model_inputs(next(batches), config, vae, text, accelerator.device))
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.detach())
+        ema.step(net.parameters())
+        step, samples = step + 1, samples + global_batch
+        bar.update(global_batch)
+        if step % config.log_every == 0 or samples >= config.samples:
+            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            accelerator.log({"loss": mean_loss, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
+            bar.set_postfix(loss=f"{mean_loss:.4f}")
+            losses = []
+        if step % config.checkpoint_every == 0 or samples >= config.samples:
+            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints)
+    bar.close()
+    if accelerator.is_main_process:
+        print(f"the pipeline is in {export(config, accelerator.unwrap_model(model), ema, vae)}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    with stop_on_value_error():
+        train(parse_command_line(TrainConfig, __doc__, argv))
+
+
+if __name__ == "__main__":
+    main()

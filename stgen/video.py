@@ -1,0 +1,316 @@
+"""Video files in and out: mp4, bit-exact mkv, GIF, and contact sheets to look at.
+
+Frames are uint8 arrays `t h w c`: t frames, h height and w width in pixels, c = 3 for RGB or, where frames come in, 1
+for grey. Rates are in frames/s. PyAV's wheel carries FFmpeg, so no program needs to be on the PATH. Every file is
+written under a temporary name in its folder and renamed, so a torn file never bears the final name.
+"""
+
+import io
+import os
+import tempfile
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from stgen.config import require
+
+Frames = NDArray[np.uint8]
+
+# FFmpeg's default conversion of YUV 4:2:0 to RGB truncates: it darkens every channel by about one level of 255, and
+# costs 3 to 5 dB against these flags of libswscale: bilinear, full chroma out, full chroma in, accurate rounding. PyAV
+# has names for them from version 18 on. One thread, since starting more takes longer than converting a small frame.
+_EXACT: dict[str, Any] = {"interpolation": 0x2 | 0x2000 | 0x4000 | 0x40000, "threads": 1}
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def read_video(source: str | Path | bytes) -> tuple[Frames, float]:
+    """All frames of a video file, or of a file's bytes, and its average rate.
+
+    Returns:
+        Frames uint8 `t h w 3`, upright, with transparency on black and the pixel grid as stored; frames/s.
+    Raises:
+        ValueError: there is no such file, it has no video stream, or a part of it cannot be decoded.
+    """
+    with _open_video(source) as (container, stream):
+        return np.stack(list(_decode(container, stream, source))), _average_rate(container, stream)
+
+
+def stream_video(source: str | Path | bytes) -> Iterator[Frames]:
+    """The same frames one by one, `h w 3`, for videos too long for memory. Raises as `read_video`, while it runs."""
+    with _open_video(source) as (container, stream):
+        yield from _decode(container, stream, source)
+
+
+def frame_rate(source: str | Path | bytes) -> float:
+    """The average rate in frames/s, from the file's header. Raises as `read_video`."""
+    with _open_video(source) as (container, stream):
+        return _average_rate(container, stream)
+
+
+def _name(source: str | Path | bytes) -> str:
+    return "<bytes>" if isinstance(source, bytes) else str(source)
+
+
+@contextmanager
+def _open_video(source: str | Path | bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first moving picture; FFmpeg's errors inside the block become one `ValueError`."""
+    try:
+        # FFmpeg gets an open file and no protocol, so a playlist in a video's clothes cannot make it open other files.
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
+            av.open(file, "r", metadata_errors="ignore", options={"protocol_whitelist": "none"}) as container,
+        ):
+            # The cover of a song is a video stream to FFmpeg.
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise ValueError(f"{_name(source)} has no video stream")
+            yield container, streams[0]
+    except (OSError, av.FFmpegError) as error:
+        raise ValueError(f"{_name(source)} cannot be read as a video: {error.strerror}") from error
+
+
+def _average_rate(container: InputContainer, stream: VideoStream) -> float:
+    # FFmpeg guesses a GIF's average from its first few delays; the header scan has counted all of them.
+    if container.format.name == "gif" and stream.frames and stream.duration and stream.time_base:
+        return float(stream.frames / (stream.duration * stream.time_base))
+    # A transport stream of one frame has no average. What has no rate at all is a still picture.
+    return float(stream.average_rate or stream.guessed_rate or 1)
+
+
+def _decode(container: InputContainer, stream: VideoStream, source: str | Path | bytes) -> Iterator[Frames]:
+    first = None
+    for index, frame in enumerate(container.decode(stream)):
+        # FFmpeg would rather show an invented picture than none; a model should not learn from one.
+        if frame.is_corrupt:
+            raise ValueError(f"{_name(source)} is corrupt at frame {index}")
+        if any(component.is_alpha for component in frame.format.components):
+            rgba = frame.to_ndarray(format="rgba", **_EXACT).astype(np.uint16)
+            picture = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
+        else:
+            picture = frame.to_ndarray(format="rgb24", **_EXACT).astype(np.uint8, copy=False)
+        matrix: Any = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is not None:
+            picture = _upright(picture, np.frombuffer(matrix, np.int32))
+        first = picture.shape if first is None else first
+        if picture.shape != first:
+            raise ValueError(f"{_name(source)} changes its frame size at frame {index}: {first} to {picture.shape}")
+        yield picture
+    if first is None:
+        raise ValueError(f"{_name(source)} has no frames")
+
+
+def _upright(picture: Frames, matrix: NDArray[np.int32]) -> Frames:
+    """Turns and mirrors `h w 3` by quarters as a display matrix says: x' = a x + c y, y' = b x + d y."""
+    a, b, _, c, d = (int(m) for m in matrix[:5])
+    if abs(b) > abs(a):
+        picture, a, d = picture.transpose(1, 0, 2), c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+# --- Writing ------------------------------------------------------------------------------------------------------
+
+
+def write_video(path: str | Path, frames: Frames, fps: float, lossless: bool = False) -> None:
+    """Writes an mp4 for any player, or with `lossless` an mkv that reads back bit for bit.
+
+    mp4 is H.264 at crf 17, BT.709, with its index first. Its colours are halved in both directions (yuv420p), which
+    only even sizes allow; a clip of odd height or width keeps its exact size with full colours (yuv444p), which players
+    built on FFmpeg show and many hardware decoders do not. mkv is FFV1 in RGB.
+
+    Args:
+        frames: uint8 `t h w 3`, or `t h w 1` for grey.
+        fps: frames/s, 0.01 to 1000, stored as a fraction with a denominator of at most 1001.
+    Raises:
+        ValueError: frames or fps are none of these, or the path does not end in .mp4 (.mkv if lossless).
+    """
+    suffix = ".mkv" if lossless else ".mp4"
+    require(Path(path).suffix.lower() == suffix, "path", str(path), f"a file name ending in {suffix}")
+    frames = _as_rgb(frames)
+    with _replacing(path) as temporary:
+        _encode(temporary, frames, fps, lossless)
+
+
+def encode_video(frames: Frames, fps: float, lossless: bool = False) -> bytes:
+    """The bytes of the file that `write_video` writes: the same clip gives the same, on any number of cores."""
+    frames = _as_rgb(frames)
+    # A real file, since FFmpeg moves the index to the front by opening what it has written once more.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip"
+        _encode(path, frames, fps, lossless)
+        return path.read_bytes()
+
+
+def _encode(path: Path, frames: Frames, fps: float, lossless: bool) -> None:
+    require(0.01 <= fps <= 1000, "fps", fps, "0.01 to 1000 frames/s")
+    _, h, w, _ = frames.shape
+    if lossless:
+        # Level 1 has no slices; those of level 3 refuse a clip one pixel wide.
+        container_format, codec, pixel_format, options = "matroska", "ffv1", "bgr0", {"level": "1"}
+    else:
+        # One thread: x264's output depends on their number.
+        container_format, codec, options = "mp4", "libx264", {"crf": "17", "threads": "1"}
+        pixel_format = "yuv420p" if h % 2 == w % 2 == 0 else "yuv444p"
+    # Without bitexact Matroska writes a random identifier. "file:" keeps FFmpeg from reading a protocol out of a name.
+    flags = {"fflags": "+bitexact"} if lossless else {"fflags": "+bitexact", "movflags": "+faststart"}
+    with av.open(f"file:{path}", "w", format=container_format, options=flags) as container:
+        stream = container.add_stream(codec, rate=Fraction(float(fps)).limit_denominator(1001), options=options)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = w, h, pixel_format
+        if not lossless:
+            context = stream.codec_context
+            context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+            context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        for picture in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            if not lossless:
+                frame = frame.reformat(
+                    format=pixel_format,
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                    **_EXACT,
+                )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_gif(path: str | Path, frames: Frames, fps: float, scale: int = 1) -> None:
+    """Writes a GIF that loops for ever, enlarged `scale` times without smoothing.
+
+    Grey clips keep every level; colours are reduced to 256 a frame. A frame equal to the one before it is stored as a
+    longer delay. GIF counts time in 1/100 s: the delays differ by that much, and their sum is right.
+
+    Args:
+        frames: uint8 `t h w 3`, or `t h w 1` for grey.
+        fps: frames/s, 0.01 to 50: players slow down what is faster.
+    Raises:
+        ValueError: an argument is none of these, or the path does not end in .gif.
+    """
+    require(Path(path).suffix.lower() == ".gif", "path", str(path), "a file name ending in .gif")
+    require(0.01 <= fps <= 50, "fps", fps, "0.01 to 50 frames/s")
+    frames = _enlarge(_as_rgb(frames), scale)
+    if (frames == frames[..., :1]).all():
+        frames = frames[..., 0]
+    delays = np.diff((np.arange(len(frames) + 1) * 100 / fps).round()).astype(int) * 10  # milliseconds
+    first, *rest = [Image.fromarray(f) for f in frames]
+    with _replacing(path) as temporary:
+        first.save(temporary, "GIF", save_all=True, append_images=rest, duration=delays.tolist(), loop=0)
+
+
+@contextmanager
+def _replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`: renamed to it at the end of the block, removed if the block fails."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_rgb(frames: Frames) -> Frames:
+    """Checks frames and repeats grey: uint8 `t h w 1|3` -> `t h w 3`."""
+    good = frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[-1] in (1, 3) and 0 not in frames.shape
+    require(good, "frames", f"{frames.dtype} {frames.shape}", "uint8 t h w 3 (RGB) or t h w 1 (grey), not empty")
+    return np.broadcast_to(frames, (*frames.shape[:3], 3))
+
+
+def _enlarge(frames: Frames, scale: int) -> Frames:
+    require(scale >= 1, "scale", scale, "1 or more")
+    return frames.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+# --- Looking ------------------------------------------------------------------------------------------------------
+
+
+_MARGIN, _GAP, _BORDER, _LEGEND_WIDTH = 10, 3, 3, 170  # pixels
+_PLAIN, _GIVEN, _GENERATED = (150, 150, 150), (0, 150, 60), (240, 130, 0)
+_LABEL_LETTERS = 28  # longer labels, such as captions, are wrapped
+
+Row = tuple[str, Frames] | tuple[str, Frames, NDArray[np.bool_]]
+"""A label, its frames uint8 `t h w 3` or `t h w 1`, and perhaps bool `t`: which frames were given."""
+
+
+def contact_sheet(
+    rows: Sequence[Row], path: str | Path, title: str = "", scale: int = 1, columns: int | None = None
+) -> None:
+    """Writes one PNG with a clip a row, its label on the left and the frames' numbers above.
+
+    A column is the same frame number in every row, so clips can be compared; the longest sets the columns, and shorter
+    ones end early. Rows that say which frames were given have them framed in green and the generated ones in orange.
+
+    Args:
+        scale: enlarges the frames this many times without smoothing.
+        columns: shows at most this many frames, evenly spaced from the first to the last; None shows all.
+    Raises:
+        ValueError: no rows, frames of another kind, `given` of another length, or the path does not end in .png.
+    """
+    require(Path(path).suffix.lower() == ".png", "path", str(path), "a file name ending in .png")
+    require(len(rows) > 0, "rows", rows, "at least one row")
+    require(columns is None or columns >= 1, "columns", columns, "1 or more, or None for all frames")
+    clips = [_enlarge(_as_rgb(row[1]), scale) for row in rows]
+    givens = [row[2] if len(row) == 3 else None for row in rows]
+    for clip, given in zip(clips, givens, strict=True):
+        if given is not None:
+            good = given.dtype == bool and given.shape == (len(clip),)
+            require(good, "given", f"{given.dtype} {given.shape}", f"bool {(len(clip),)}, one for each frame")
+    longest = max(map(len, clips))
+    numbers = np.linspace(0, longest - 1, min(columns or longest, longest)).round().astype(int).tolist()
+
+    title_font, label_font, number_font = (ImageFont.load_default(size) for size in (20, 16, 12))
+    labels = ["\n".join(textwrap.fill(line, _LABEL_LETTERS) for line in row[0].splitlines()) for row in rows]
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [measure.multiline_textbbox((0, 0), label, font=label_font) for label in labels]
+    has_legend = any(given is not None for given in givens)
+    cell = max(*(clip.shape[2] for clip in clips), round(number_font.getlength(str(longest)))) + 2 * _BORDER + _GAP
+    heights = [max(c.shape[1] + 2 * _BORDER, round(box[3])) + _GAP for c, box in zip(clips, boxes, strict=True)]
+    left = _MARGIN + max(round(box[2]) for box in boxes) + _MARGIN
+    width = max(left + cell * len(numbers), _MARGIN + round(title_font.getlength(title)), _LEGEND_WIDTH * has_legend)
+    top = _MARGIN + 30 * bool(title) + 20 * has_legend + 16
+    sheet = Image.new("RGB", (width + _MARGIN, top + sum(heights) + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    draw.text((_MARGIN, _MARGIN), title, "black", title_font)
+    if has_legend:
+        y = _MARGIN + 30 * bool(title)
+        for x, word, colour in ((_MARGIN, "given", _GIVEN), (_MARGIN + 70, "generated", _GENERATED)):
+            draw.rectangle((x, y + 2, x + 10, y + 12), outline=colour, width=_BORDER)
+            draw.text((x + 16, y), word, "black", number_font)
+    for column, number in enumerate(numbers):
+        x = left + column * cell
+        draw.text((x + (cell - _GAP) / 2, top - 3), str(number), "black", number_font, anchor="ms")
+    for label, clip, given, height in zip(labels, clips, givens, heights, strict=True):
+        _, h, w, _ = clip.shape
+        draw.multiline_text((_MARGIN, top), label, "black", label_font)
+        for column, number in enumerate(n for n in numbers if n < len(clip)):
+            x = left + column * cell
+            colour = _PLAIN if given is None else _GIVEN if given[number] else _GENERATED
+            draw.rectangle((x, top, x + w + 2 * _BORDER - 1, top + h + 2 * _BORDER - 1), outline=colour, width=_BORDER)
+            sheet.paste(Image.fromarray(clip[number]), (x + _BORDER, top + _BORDER))
+        top += height
+    with _replacing(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def difference(a: Frames, b: Frames) -> Frames:
+    """How far two clips of the same size lie apart, |a - b|, as frames uint8 `t h w 3` for a sheet."""
+    a, b = _as_rgb(a), _as_rgb(b)
+    require(a.shape == b.shape, "b", b.shape, f"the shape of a, {a.shape}")
+    return np.maximum(a, b) - np.minimum(a, b)
