@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stgen import (
+    STGenInpaintPipeline,
+    STGenInterpolationPipeline,
+    STGenPipeline,
+    STGenPredictionPipeline,
+)
+from stgen.masks import moving_box
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def video(t: int = 9, h: int = 16, w: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (t, h, w, 3)).astype(np.uint8)
+
+
+def as_float(frames: np.ndarray) -> np.ndarray:
+    return frames.astype(np.float32) / 255
+
+
+def as_uint8(frames: np.ndarray) -> np.ndarray:
+    return (frames * 255).round().astype(np.uint8)
+
+
+def sibling(cls: type, pipeline: STGenPipeline) -> STGenPipeline:
+    made = cls(**pipeline.components)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize(("t", "h", "w"), [(1, 16, 16), (6, 17, 15), (9, 8, 20)])
+def test_any_size(tiny_pipeline: STGenPipeline, t: int, h: int, w: int) -> None:
+    call = {"num_frames": t, "height": h, "width": w, "num_inference_steps": 2, "output_type": "np"}
+    frames = tiny_pipeline("a 3", generator=seeded(), **call).frames
+    assert frames.shape == (1, t, h, w, 3)
+    assert np.isfinite(frames).all()
+    assert frames.std() > 0
+
+
+def test_given_pixels_come_back_exactly(tiny_pipeline: STGenPipeline) -> None:
+    clip = video()
+    predicted = sibling(STGenPredictionPipeline, tiny_pipeline)(
+        as_float(clip[:4]), num_inference_steps=2, output_type="np"
+    ).frames[0]
+    np.testing.assert_array_equal(as_uint8(predicted[:4]), clip[:4])
+
+    between = sibling(STGenInterpolationPipeline, tiny_pipeline)(
+        as_float(clip[:2]), as_float(clip[-2:]), num_inference_steps=2, output_type="np"
+    ).frames[0]
+    np.testing.assert_array_equal(as_uint8(between[[0, 1, -2, -1]]), clip[[0, 1, -2, -1]])
+
+    mask = moving_box((9, 16, 16), seeded())
+    filled = sibling(STGenInpaintPipeline, tiny_pipeline)(
+        [Image.fromarray(frame) for frame in clip], mask, num_inference_steps=2, output_type="np"
+    ).frames[0]
+    given = mask[0].numpy() == 0
+    np.testing.assert_array_equal(as_uint8(filled)[given], clip[given])
+    assert (as_uint8(filled)[~given] != clip[~given]).any()
+
+
+def test_hidden_pixels_change_nothing(tiny_pipeline: STGenPipeline) -> None:
+    """Leak-freedom, end to end: every input of the model is bit-identical whatever lies under the mask."""
+    mask = moving_box((9, 16, 16), seeded())
+    hidden = mask[0].numpy() == 1
+    seen: list[list[torch.Tensor]] = []
+
+    def record(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        seen[-1] += [x.clone() for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
+
+    tiny_pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
+    for fill in (0, 255):
+        clip = video()
+        clip[hidden] = fill
+        seen.append([])
+        tiny_pipeline("a 3", video=as_float(clip), mask=mask, num_inference_steps=2, generator=seeded())
+    assert len(seen[0]) == len(seen[1]) > 0
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_siblings_are_the_same_loop_under_a_mask(tiny_pipeline: STGenPipeline) -> None:
+    clip = as_float(video())
+    mask = np.ones((9, 16, 16), np.float32)
+    mask[:4] = 0
+    call = {"num_inference_steps": 3, "output_type": "np"}
+    base = tiny_pipeline("", video=clip, mask=mask, guidance_scale=1.0, generator=seeded(), **call).frames
+    predicted = sibling(STGenPredictionPipeline, tiny_pipeline)(clip[:4], generator=seeded(), **call).frames
+    np.testing.assert_allclose(predicted, base, atol=1e-6)
+
+
+def test_batches_are_what_singles_are(tiny_pipeline: STGenPipeline) -> None:
+    call = {"num_inference_steps": 2, "output_type": "np"}
+    prompts = ["a 3 moving up", "the digit 7"]
+    both = tiny_pipeline(prompts, num_videos_per_prompt=2, generator=[seeded(i) for i in range(4)], **call).frames
+    for i in range(4):
+        one = tiny_pipeline(prompts[i // 2], generator=seeded(i), **call).frames[0]
+        np.testing.assert_allclose(both[i], one, atol=1e-4)
+
+
+def test_latents_embeddings_and_callback_are_used(tiny_pipeline: STGenPipeline) -> None:
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    noise = torch.randn(1, *tiny_pipeline.vae.latent_shape(9, 16, 16), generator=seeded(5))
+    expected = tiny_pipeline("a 3", generator=seeded(5), **call).frames
+    assert torch.equal(tiny_pipeline("a 3", latents=noise, **call).frames, expected)
+    embeds, _, mask, _ = tiny_pipeline.encode_prompt("a 3", do_classifier_free_guidance=False)
+    again = tiny_pipeline(prompt_embeds=embeds, prompt_attention_mask=mask, latents=noise, **call).frames
+    assert torch.equal(again, expected)
+    steps = []
+
+    def zero(pipeline: STGenPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        steps.append(step)
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    assert not tiny_pipeline("a 3", callback_on_step_end=zero, **call).frames.any()
+    assert steps == [0, 1]
+    assert not torch.equal(tiny_pipeline("a 3", latents=noise, guidance_scale=1.0, **call).frames, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "prompt is None, allowed: exactly one of prompt and prompt_embeds"),
+        ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt is 'a batch of 1'"),
+        ({"prompt": ["a", "b"], "generator": [torch.Generator()]}, "generator is 'a list of 1'"),
+        ({"prompt": "a", "mask": torch.ones(9, 16, 16)}, "given exactly when video is"),
+        ({"prompt": "a", "video": as_float(video()), "mask": torch.ones(8, 16, 16)}, "mask.shape"),
+        ({"prompt": "a", "video": as_float(video()), "mask": torch.full((9, 16, 16), 0.5)}, "only 1"),
+        ({"prompt": ["a"] * 3, "video": np.stack([as_float(video())] * 2), "mask": torch.ones(9, 16, 16)}, "video is"),
+        ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"prompt": "a", "latents": torch.zeros(1, 4, 2, 2, 2)}, "latents.shape"),
+        ({"prompt": "a", "output_type": "tensor"}, "output_type"),
+    ],
+)
+def test_what_does_not_fit_is_named(tiny_pipeline: STGenPipeline, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline(**arguments)
+
+
+def test_more_given_frames_than_frames(tiny_pipeline: STGenPipeline) -> None:
+    with pytest.raises(ValueError, match="fewer than num_frames=9"):
+        sibling(STGenPredictionPipeline, tiny_pipeline)(as_float(video(12)))
+    with pytest.raises(ValueError, match="fewer than half of num_frames=9"):
+        sibling(STGenInterpolationPipeline, tiny_pipeline)(as_float(video(5)), as_float(video(5)))

@@ -1,0 +1,184 @@
+"""Training for real: the launch commands of the README as processes, at toy size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_text_encoder
+
+from stgen import STGenPipeline
+from stgen.data.moving_mnist import write_moving_mnist
+from stgen.evaluation import BASELINES, evaluate
+from stgen.generation import Request, generate
+
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).parent.parent
+
+
+def launch(script: str, strategy: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"} | {"OMP_NUM_THREADS": "1"}
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    config = ["--config_file", f"configs/accelerate/{strategy}.yaml", "--main_process_port", "0"]
+    return subprocess.run(
+        [*accelerate, *config, f"stgen/{script}.py", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def succeed(*arguments: str) -> str:
+    done = launch(*arguments)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, a tiny text encoder, and a VAE trained for a few steps by its own entry point."""
+    folder = tmp_path_factory.mktemp("world")
+    for split in ("train", "heldout"):
+        write_moving_mnist(folder / split, clips=16, split=split, size=32, digits=1)
+    encoder = folder / "text"
+    encoder.mkdir()
+    tokenizer, model = tiny_text_encoder(folder)
+    tokenizer.save_pretrained(encoder)
+    model.save_pretrained(encoder)
+    vae = ["--config", "configs/moving_mnist_32/vae.yaml", f"run={folder}/vae", f"data.path={folder}/train"]
+    model = ["model.block_out_channels=[8,16,16]", "model.latent_channels=4"]
+    succeed("train_vae", "cpu", *vae, *model, "samples=16", "batch_size=4", "statistics_clips=8")
+    return folder
+
+
+def arguments(world: Path, run: str, *overrides: str) -> list[str]:
+    model = ["model.num_attention_heads=2", "model.attention_head_dim=12", "model.num_layers=2", "model.pattern=st"]
+    paths = [f"run={world}/{run}", f"vae={world}/vae/export", f"data.path={world}/train", f"text_encoder={world}/text"]
+    fixed = ["samples=24", "batch_size=4", "log_every=1", "checkpoint_every=2", "optimizer.warmup=0"]
+    return ["--config", "configs/moving_mnist_32/transformer.yaml", *paths, *model, *fixed, *overrides]
+
+
+def losses(world: Path, run: str) -> dict[int, float]:
+    rows = [json.loads(line) for line in (world / run / "metrics.jsonl").read_text().splitlines()]
+    return {row["samples"]: row["loss"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path) -> dict[int, float]:
+    """The losses of one process."""
+    succeed("train", "cpu", *arguments(world, "one"))
+    return losses(world, "one")
+
+
+def test_one_process_learns_exports_and_is_deterministic(world: Path, reference: dict[int, float]) -> None:
+    assert list(reference) == [4, 8, 12, 16, 20, 24]
+    pipeline = STGenPipeline.from_pretrained(world / "one" / "export")
+    raw = STGenPipeline.from_pretrained(world / "one" / "export", variant="raw")
+    weights = [p.transformer.state_dict() for p in (pipeline, raw)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("strategy", ["ddp_cpu", "zero2_cpu"])
+def test_two_processes_equal_one_on_the_same_global_batch(
+    world: Path, reference: dict[int, float], strategy: str
+) -> None:
+    succeed("train", strategy, *arguments(world, strategy, "batch_size=2"))
+    assert losses(world, strategy) == pytest.approx(reference, rel=2e-4)
+
+
+def test_accumulation_equals_a_larger_batch(world: Path, reference: dict[int, float]) -> None:
+    succeed("train", "cpu", *arguments(world, "accumulated", "batch_size=2", "accumulate=2"))
+    assert losses(world, "accumulated") == pytest.approx(reference, rel=2e-4)
+
+
+def test_the_same_command_resumes(world: Path, reference: dict[int, float]) -> None:
+    from stgen.config import load_config
+    from stgen.train import TrainConfig, train
+
+    class Killed(Exception):
+        pass
+
+    # Ends as a kill would, after a checkpoint and one step that it does not hold; then the command again.
+    import stgen.train as module
+
+    original, calls = module.save_checkpoint, []
+
+    def save_then_die(*args) -> None:
+        original(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise Killed
+
+    config = load_config(TrainConfig, arguments(world, "cut")[1], arguments(world, "cut")[2:])
+    module.save_checkpoint = save_then_die
+    try:
+        with pytest.raises(Killed):
+            train(config)
+    finally:
+        module.save_checkpoint = original
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+    output = succeed("train", "cpu", *arguments(world, "cut"))
+    assert "resuming from" in output
+    assert "step-4" in output
+    assert losses(world, "cut") == pytest.approx(reference, rel=1e-6)
+    cut, whole = (
+        STGenPipeline.from_pretrained(world / run / "export").transformer.state_dict() for run in ("cut", "one")
+    )
+    for name, weight in whole.items():
+        torch.testing.assert_close(cut[name], weight, atol=1e-6, rtol=1e-5)
+
+
+def test_deepspeed_that_is_not_in_force_is_an_error(world: Path) -> None:
+    # What `use_cpu: true` in a DeepSpeed file does: Accelerate drops DeepSpeed without a word.
+    environment = dict(os.environ) | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "stgen/train.py", *arguments(world, "wrong")]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert not (world / "wrong" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.learning_rate=1", "learning_rate"),
+        ("model.depth=3", "model is 'depth', allowed"),
+        ("data.path=/nowhere", "a folder of shards"),
+        ("samples=0", "samples is 0, allowed: 1 or more"),
+        ("vae=/nowhere", "vae"),
+    ],
+)
+def test_bad_configuration_is_one_line(world: Path, override: str, message: str) -> None:
+    command = [sys.executable, "stgen/train.py", *arguments(world, "bad", override)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+
+
+def test_the_trained_folder_is_evaluated_and_used(world: Path, reference: dict[int, float], tmp_path: Path) -> None:
+    """The demo's last step at toy size: all protocols, all pictures."""
+    export = str(world / "one" / "export")
+    scores = evaluate(export, str(world / "heldout"), str(tmp_path), clips=2, samples=2, steps=2, batch=2)
+    assert set(scores) == {"prediction", "interpolation", "inpainting"}
+    for rows in scores.values():
+        assert set(BASELINES) < set(rows)
+        assert all(score.mse >= 0 for score in rows.values())
+    for name in (
+        "report.md",
+        "report.json",
+        "contact_sheet.png",
+        "prediction.mp4",
+        "inpainting.gif",
+        "text-to-video.mp4",
+    ):
+        assert (tmp_path / name).stat().st_size > 0
+    request = Request(id="a", task="text", prompt="a 3 moving up", num_inference_steps=2)
+    assert generate(STGenPipeline.from_pretrained(export), request).shape == (20, 32, 32, 3)
