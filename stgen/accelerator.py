@@ -33,24 +33,29 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
     if on_cpu:
         if asked_fsdp:
             raise ValueError("FSDP on CPU trains unsynchronised without an error in Accelerate: use DDP or DeepSpeed")
-        if world_size > 1 or asked_deepspeed:
-            # Without a backend named, Accelerate counts one process under DeepSpeed on CPU.
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
         if asked_deepspeed:
             import deepspeed.ops
 
+            # Without a backend named, Accelerate counts one process under DeepSpeed on CPU.
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
             # The shared-memory op compiles at first use, and hangs on the lock that a killed build leaves behind.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Without cpu=True, Accelerate takes several CPU processes for one each, unsynchronised.
     accelerator = Accelerator(
-        gradient_accumulation_steps=accumulate, kwargs_handlers=handlers, log_with=[JsonlTracker(run)]
+        cpu=on_cpu and not asked_deepspeed,
+        gradient_accumulation_steps=accumulate,
+        kwargs_handlers=handlers,
+        log_with=[JsonlTracker(run)],
     )
 
     in_force = accelerator.distributed_type
     if asked_deepspeed != (in_force == DistributedType.DEEPSPEED) or asked_fsdp != (in_force == DistributedType.FSDP):
         asked = "DEEPSPEED" if asked_deepspeed else "FSDP" if asked_fsdp else "neither DEEPSPEED nor FSDP"
         raise ValueError(f"the launch asked for {asked}, but {in_force} is in force (is ACCELERATE_USE_CPU set?)")
-    if accelerator.num_processes != world_size:
-        raise ValueError(f"the launch started {world_size} processes, but {accelerator.num_processes} are in force")
+    if accelerator.num_processes != world_size or (world_size > 1) != (in_force != DistributedType.NO):
+        raise ValueError(
+            f"the launch started {world_size} processes, but {accelerator.num_processes} ({in_force}) are in force"
+        )
 
     if on_cpu and int(os.environ.get("OMP_NUM_THREADS", "1")) == 1:
         # One thread a process is what `accelerate launch` sets when nobody chose; a CPU run wants all cores.

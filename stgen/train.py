@@ -191,6 +191,8 @@ def train(config: TrainConfig) -> None:
     run = Path(config.run)
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     dataset = ClipDataset(config.data, config.seed)
+    saved = (Path(config.vae) / "config.json").is_file()
+    require(saved, "vae", config.vae, "a folder with a config.json, such as the export/ of train_vae.py's run")
     vae = AutoencoderKLSTGen.from_pretrained(config.vae).eval().requires_grad_(False).to(accelerator.device)
     cache = run / "cache" / "text.safetensors"
     if accelerator.is_main_process:

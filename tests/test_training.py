@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import tiny_text_encoder
 
+import stgen.train
 from stgen import STGenPipeline
+from stgen.config import load_config
 from stgen.data.moving_mnist import write_moving_mnist
 from stgen.evaluation import BASELINES, evaluate
 from stgen.generation import Request, generate
+from stgen.train import TrainConfig, main, train
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
@@ -97,16 +101,11 @@ def test_accumulation_equals_a_larger_batch(world: Path, reference: dict[int, fl
 
 
 def test_the_same_command_resumes(world: Path, reference: dict[int, float]) -> None:
-    from stgen.config import load_config
-    from stgen.train import TrainConfig, train
-
     class Killed(Exception):
         pass
 
     # Ends as a kill would, after a checkpoint and one step that it does not hold; then the command again.
-    import stgen.train as module
-
-    original, calls = module.save_checkpoint, []
+    original, calls = stgen.train.save_checkpoint, []
 
     def save_then_die(*args) -> None:
         original(*args)
@@ -115,15 +114,14 @@ def test_the_same_command_resumes(world: Path, reference: dict[int, float]) -> N
             raise Killed
 
     config = load_config(TrainConfig, arguments(world, "cut")[1], arguments(world, "cut")[2:])
-    module.save_checkpoint = save_then_die
+    stgen.train.save_checkpoint = save_then_die
     try:
         with pytest.raises(Killed):
             train(config)
     finally:
-        module.save_checkpoint = original
-        from accelerate.state import AcceleratorState
-
+        stgen.train.save_checkpoint = original
         AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(1)
     output = succeed("train", "cpu", *arguments(world, "cut"))
     assert "resuming from" in output
     assert "step-4" in output
@@ -154,11 +152,12 @@ def test_deepspeed_that_is_not_in_force_is_an_error(world: Path) -> None:
         ("vae=/nowhere", "vae"),
     ],
 )
-def test_bad_configuration_is_one_line(world: Path, override: str, message: str) -> None:
-    command = [sys.executable, "stgen/train.py", *arguments(world, "bad", override)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
+def test_bad_configuration_is_one_line(world: Path, override: str, message: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(world, "bad", override))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert message in last
 
