@@ -21,5 +21,5 @@ echo "== 3/4 the transformer"
     vae="$run/vae/export" data.path="$run/data/train" ${TRANSFORMER:-}
 echo "== trained in $(((SECONDS - begin) / 60)) min $(((SECONDS - begin) % 60)) s"
 echo "== 4/4 evaluation on held-out digits"
-stgen evaluate --pipeline "$run/transformer/export" --data "$run/data/heldout" --out "$run/report" ${EVALUATE:-}
+stgen evaluate --pipeline "$run/transformer/export" --data "$run/data/heldout" --out "$run/report" --steps 10 ${EVALUATE:-}
 echo "== done in $(((SECONDS - begin) / 60)) min: look at $run/report/contact_sheet.png and $run/report/report.md"
