@@ -14,6 +14,14 @@ torch.set_num_threads(1)
 WORDS = "a the digit moving moves right left up down and zero one two three 0 1 2 3 4 5 6 7 8 9".split()  # noqa: SIM905
 
 
+def fill_zeros(model: torch.nn.Module) -> None:
+    """Random weights for the layers that begin at zero, so that a test of equality says something."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.2)
+
+
 def tiny_vae(**overrides) -> AutoencoderKLSTGen:
     torch.manual_seed(0)
     arguments = {
@@ -25,11 +33,12 @@ def tiny_vae(**overrides) -> AutoencoderKLSTGen:
         "latents_mean": [0.1, -0.2, 0.0, 0.3],
         "latents_std": [0.5, 0.6, 0.7, 0.8],
     }
-    return AutoencoderKLSTGen(**(arguments | overrides)).eval()
+    model = AutoencoderKLSTGen(**(arguments | overrides)).eval()
+    fill_zeros(model)
+    return model
 
 
 def tiny_transformer(**overrides) -> STGenTransformer3DModel:
-    """Tiny, and with random weights in the layers that begin at zero, so that a test of equality says something."""
     torch.manual_seed(1)
     arguments = {
         "in_channels": 4,
@@ -45,10 +54,7 @@ def tiny_transformer(**overrides) -> STGenTransformer3DModel:
         "sample_width": 16,
     }
     model = STGenTransformer3DModel(**(arguments | overrides)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.2)
+    fill_zeros(model)
     return model
 
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from stgen.config import require
 from stgen.models.layers import (
     CausalConv3d,
-    ChannelRMSNorm,
     Downsample3d,
     ResBlock3d,
     Upsample3d,
@@ -45,14 +44,13 @@ class Encoder3d(nn.Module):
             self.blocks.extend(ResBlock3d(width, width) for _ in range(depth))
             if i < len(factors):
                 self.blocks.append(Downsample3d(width, channels[i + 1], *factors[i]))
-        self.norm_out = ChannelRMSNorm(channels[-1])
         self.conv_out = CausalConv3d(channels[-1], out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(x)
 
 
 class Decoder3d(nn.Module):
@@ -74,14 +72,13 @@ class Decoder3d(nn.Module):
             self.blocks.extend(ResBlock3d(channels[i], channels[i]) for _ in range(depth))
             if i > 0:
                 self.blocks.append(Upsample3d(channels[i], channels[i - 1], *factors[i - 1]))
-        self.norm_out = ChannelRMSNorm(channels[0])
         self.conv_out = CausalConv3d(channels[0], out_channels, kernel)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)
         for block in self.blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(x)
 
 
 class AutoencoderKLSTGen(ModelMixin, AutoencoderMixin, ConfigMixin):

@@ -46,6 +46,7 @@ class ResBlock3d(nn.Module):
         self.conv1 = CausalConv3d(in_channels, out_channels, 3)
         self.norm2 = ChannelRMSNorm(out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels, 3)
+        nn.init.zeros_(self.conv2.weight)  # the block begins as its shortcut
         self.shortcut = nn.Identity() if in_channels == out_channels else CausalConv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
