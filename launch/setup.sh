@@ -12,9 +12,9 @@ if [ ! -x "$venv/bin/python" ]; then
     echo "== creating $venv"
     "$python" -m venv "$venv"
 fi
-# Installed again only when what is asked for has changed.
+# Installed again only when what is asked for has changed; the dev extra holds all others.
 stamp=$(cat pyproject.toml launch/constraints-cpu.txt | cksum)
-if [ "$(cat "$venv/stgen-$extra" 2>/dev/null)" != "$stamp" ]; then
+if ! cat "$venv/stgen-$extra" "$venv/stgen-dev" 2>/dev/null | grep -qxF "$stamp"; then
     echo "== installing stgen[$extra] into $venv (a few minutes the first time)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint launch/constraints-cpu.txt \
         torch==2.13.0 setuptools

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from stgen.config import load_config, save_config
+from stgen.train import TrainConfig
+from stgen.train_vae import TrainVAEConfig
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["moving_mnist_32", "moving_mnist_64"])
+@pytest.mark.parametrize(("schema", "file"), [(TrainConfig, "transformer"), (TrainVAEConfig, "vae")])
+def test_shipped_configurations_load_and_survive_saving(name: str, schema: type, file: str, tmp_path: Path) -> None:
+    config = load_config(schema, REPOSITORY / "configs" / name / f"{file}.yaml", ["optimizer.lr=0.5", "data.workers=3"])
+    assert config.optimizer.lr == 0.5
+    assert config.data.workers == 3
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(schema, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.rate=1", "rate"),
+        ("samples=many", "samples"),
+        ("data.workers=-1", "data.workers is -1, allowed: 0 or more"),
+        ("flow.shift=0", "flow.shift is 0"),
+        ("masks=[{kind: nothing}]", "masks.kind is 'nothing'"),
+        ("masks=[]", "at least one entry"),
+        ("seed", "an override is written key.sub=value"),
+    ],
+)
+def test_mistakes_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(TrainConfig, REPOSITORY / "configs" / "moving_mnist_32" / "transformer.yaml", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_and_missing_values_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such file"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("seed: 1\n")
+    with pytest.raises(ValueError, match=r"run|vae|path"):
+        load_config(TrainConfig, tmp_path / "empty.yaml")
