@@ -1,0 +1,81 @@
+"""What the trainer feeds the model: leak-free, and a function of (seed, position) alone."""
+
+import pytest
+import torch
+from conftest import tiny_text_encoder, tiny_transformer, tiny_vae
+
+from stgen.data.reading import DataConfig
+from stgen.masks import MaskSpec
+from stgen.text import TextCache, encode_text
+from stgen.train import TrainConfig, flow_loss, model_inputs
+
+CAPTIONS = ["a 3 moving up", "the digit 7 moves left and down", "a 1", "a 2 moving right"]
+MASKS = [MaskSpec(), MaskSpec("predict", 2, {"given": [1, 8]}), MaskSpec("moving_box", 2), MaskSpec("interpolate")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextCache:
+    folder = tmp_path_factory.mktemp("text")
+    tokenizer, encoder = tiny_text_encoder(folder)
+    tokenizer.save_pretrained(folder)
+    encoder.save_pretrained(folder)
+    TextCache.build(folder / "cache.safetensors", str(folder), ["", *CAPTIONS], 64)
+    cache = TextCache(folder / "cache.safetensors")
+    states, mask = encode_text(tokenizer, encoder, CAPTIONS)
+    cached, cached_mask = cache(CAPTIONS)
+    torch.testing.assert_close(cached, states, atol=1e-6, rtol=1e-5)  # the cache is the encoder, per token
+    assert torch.equal(cached_mask, mask)
+    return cache
+
+
+def config() -> TrainConfig:
+    return TrainConfig(run="run", vae="vae", data=DataConfig("data", 9, 16, 16), masks=MASKS, text_dropout=0.3)
+
+
+def batch(positions: list[int]) -> dict:
+    videos = [
+        torch.randint(256, (3, 9, 16, 16), generator=torch.Generator().manual_seed(p), dtype=torch.uint8)
+        for p in positions
+    ]
+    return {"video": torch.stack(videos), "caption": [CAPTIONS[p % 4] for p in positions], "position": positions}
+
+
+def test_hidden_pixels_change_no_condition(text: TextCache) -> None:
+    vae, positions = tiny_vae(), list(range(16))
+    original = batch(positions)
+    inputs = model_inputs(original, config(), vae, text, torch.device("cpu"))
+    # The folded mask of 4 frames and 8x8 pixels tells a superset of the hidden pixels' cells: change all that lies in
+    # wholly hidden cells. Frame 0 is a cell of its own, frames 1-4 and 5-8 are the next two.
+    wholly = inputs["condition_mask"].amin(1) == 1
+    frames = torch.tensor([0, 1, 1, 1, 1, 2, 2, 2, 2])
+    hidden = wholly[:, frames].repeat_interleave(8, 2).repeat_interleave(8, 3)[:, None]
+    assert 0.2 < hidden.float().mean() < 0.9
+    changed = original | {"video": torch.where(hidden, 255 - original["video"], original["video"])}
+    again = model_inputs(changed, config(), vae, text, torch.device("cpu"))
+    for name in ("condition_latents", "condition_mask", "text", "text_mask", "time", "noise"):
+        assert torch.equal(inputs[name], again[name]), name
+    assert not torch.equal(inputs["latents"], again["latents"])
+
+
+def test_inputs_do_not_depend_on_the_batch(text: TextCache) -> None:
+    vae = tiny_vae()
+    whole = model_inputs(batch(list(range(8))), config(), vae, text, torch.device("cpu"))
+    half = model_inputs(batch([4, 5, 6, 7]), config(), vae, text, torch.device("cpu"))
+    for name in ("latents", "noise", "time", "condition_latents", "condition_mask"):
+        torch.testing.assert_close(half[name], whole[name][4:], atol=1e-5, rtol=1e-5)
+    other = model_inputs(batch([4, 5, 6, 8]), config(), vae, text, torch.device("cpu"))
+    assert not torch.equal(other["noise"][3], whole["noise"][7])
+
+
+def test_some_steps_lower_the_loss(text: TextCache) -> None:
+    model = tiny_transformer().train()
+    inputs = model_inputs(batch(list(range(8))), config(), tiny_vae(), text, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(40):
+        loss = flow_loss(model, inputs)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
