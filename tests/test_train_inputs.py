@@ -44,11 +44,11 @@ def test_hidden_pixels_change_no_condition(text: TextCache) -> None:
     vae, positions = tiny_vae(), list(range(16))
     original = batch(positions)
     inputs = model_inputs(original, config(), vae, text, torch.device("cpu"))
-    # The folded mask of 4 frames and 8x8 pixels tells a superset of the hidden pixels' cells: change all that lies in
-    # wholly hidden cells. Frame 0 is a cell of its own, frames 1-4 and 5-8 are the next two.
+    # Change all that lies in wholly hidden cells of 4 frames and 4x4 pixels. Frame 0 is a cell of its own,
+    # frames 1-4 and 5-8 are the next two.
     wholly = inputs["condition_mask"].amin(1) == 1
     frames = torch.tensor([0, 1, 1, 1, 1, 2, 2, 2, 2])
-    hidden = wholly[:, frames].repeat_interleave(8, 2).repeat_interleave(8, 3)[:, None]
+    hidden = wholly[:, frames].repeat_interleave(4, 2).repeat_interleave(4, 3)[:, None]
     assert 0.2 < hidden.float().mean() < 0.9
     changed = original | {"video": torch.where(hidden, 255 - original["video"], original["video"])}
     again = model_inputs(changed, config(), vae, text, torch.device("cpu"))
