@@ -16,17 +16,15 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
-from stgen.checkpoint import check_global_batch, resume, save_checkpoint
 from stgen.config import parse_command_line, require, save_config
-from stgen.data.reading import ClipDataset, DataConfig, clip_loader, fold_seed, to_pixels
+from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.flow import interpolant, masked_mse, sample_time, velocity
+from stgen.loop import LoopConfig, fit
 from stgen.masks import MaskSpec, draw_mixture, fold_mask, generated_cells, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.transformer import STGenTransformer3DModel
-from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
 from stgen.pipelines import STGenPipeline
 from stgen.text import TextCache, load_text_encoder
-from stgen.tracking import progress_bar
 
 
 @dataclass
@@ -46,11 +44,9 @@ class FlowConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(LoopConfig):
     """A transformer training run."""
 
-    run: str = "???"
-    """Run folder; an unfinished run in it is resumed."""
     vae: str = "???"
     """Folder of a trained AutoencoderKLSTGen."""
     text_encoder: str = "all-MiniLM-L6-v2"
@@ -59,34 +55,17 @@ class TrainConfig:
     """Tokens of a caption; longer ones are cut with a warning."""
     text_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
-    data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of STGenTransformer3DModel; those that follow from VAE, text encoder and data are filled in."""
     masks: list[MaskSpec] = field(default_factory=lambda: [MaskSpec()])
     """Mixture of masks; each clip draws its own."""
     flow: FlowConfig = field(default_factory=FlowConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    samples: int = 1_000_000
-    """Clips to see in all."""
-    batch_size: int = 8
-    """Clips of one process in one forward."""
-    accumulate: int = 1
-    """Forwards of one optimizer step."""
     gradient_checkpointing: bool = False
     """Trades compute for memory: activations are computed again in the backward pass."""
-    seed: int = 0
-    """Seeds the weights, the order of the data and all draws."""
-    checkpoint_every: int = 1000
-    """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept."""
-    log_every: int = 20
-    """Optimizer steps between rows of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        names = ("max_text_length", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints")
-        for name in (*names, "log_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        super().__post_init__()
+        require(self.max_text_length >= 1, "max_text_length", self.max_text_length, "1 or more")
         require(0 <= self.text_dropout <= 1, "text_dropout", self.text_dropout, "0 to 1")
         require(len(self.masks) > 0, "masks", self.masks, "at least one entry")
         derived = {"self", "in_channels", "text_dim", "mask_channels", "sample_frames", "sample_height", "sample_width"}
@@ -205,45 +184,13 @@ def train(config: TrainConfig) -> None:
     net = make_model(config, vae, text.dim)
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()
-    model, optimizer = accelerator.prepare(net, make_optimizer(net, config.optimizer))
-    ema = EMAModel(net.parameters(), decay=config.optimizer.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
-    accelerator.init_trackers("stgen")
 
-    step, samples = resume(accelerator, run)
-    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
-    check_global_batch(samples, global_batch)
-    batches = clip_loader(
-        dataset, samples, config.batch_size, config.data.workers, accelerator.process_index, accelerator.num_processes
-    )
-    bar = progress_bar(config.samples, samples, accelerator.is_main_process, "train")
-    losses: list[Tensor] = []
-    while samples < config.samples:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, samples, config.samples)
-        for _ in range(config.accumulate):
-            with accelerator.accumulate(model):
-                loss = flow_loss(model, model_inputs(next(batches), config, vae, text, accelerator.device))
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.detach())
-        ema.step(net.parameters())
-        step, samples = step + 1, samples + global_batch
-        bar.update(global_batch)
-        if step % config.log_every == 0 or samples >= config.samples:
-            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-            accelerator.log({"loss": mean_loss, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
-            bar.set_postfix(loss=f"{mean_loss:.4f}")
-            losses = []
-        if step % config.checkpoint_every == 0 or samples >= config.samples:
-            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints)
-    bar.close()
+    def compute_losses(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {"loss": flow_loss(model, model_inputs(batch, config, vae, text, accelerator.device))}
+
+    ema = fit(accelerator, config, dataset, net, compute_losses)
     if accelerator.is_main_process:
-        print(f"the pipeline is in {export(config, accelerator.unwrap_model(model), ema, vae)}")
+        print(f"the pipeline is in {export(config, net, ema, vae)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -11,37 +11,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
-from stgen.checkpoint import check_global_batch, resume, save_checkpoint
 from stgen.config import parse_command_line, require, save_config
-from stgen.data.reading import ClipDataset, DataConfig, clip_loader, fold_seed, to_pixels
+from stgen.data.reading import ClipDataset, fold_seed, to_pixels
+from stgen.loop import LoopConfig, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
-from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
-from stgen.tracking import progress_bar
 
 RECONSTRUCTION = {"l1": F.l1_loss, "mse": F.mse_loss}
 
 
 @dataclass
-class TrainVAEConfig:
+class TrainVAEConfig(LoopConfig):
     """A VAE training run."""
 
-    run: str = "???"
-    """Run folder; an unfinished run in it is resumed."""
-    data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of AutoencoderKLSTGen."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    samples: int = 100_000
-    """Clips to see in all."""
-    batch_size: int = 8
-    """Clips of one process in one forward."""
-    accumulate: int = 1
-    """Forwards of one optimizer step."""
     window: int | None = None
     """Consecutive frames of a clip that one step sees, drawn at random; None sees all. The VAE is causal and
     convolutional, so a few latent frames teach it as much for a fraction of the compute."""
@@ -53,20 +40,11 @@ class TrainVAEConfig:
     """Mixture of masks; its clips are shown with the masked pixels hidden, as the transformer's condition is."""
     masked_fraction: float = 0.5
     """Share of clips that are shown masked."""
-    seed: int = 0
-    """Seeds the weights, the order of the data and all draws."""
-    checkpoint_every: int = 1000
-    """Optimizer steps between checkpoints."""
-    keep_checkpoints: int = 2
-    """Checkpoints kept."""
-    log_every: int = 20
-    """Optimizer steps between rows of metrics.jsonl."""
     statistics_clips: int = 256
     """Clips over which the latents' mean and standard deviation are measured at the end."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        super().__post_init__()
         require(self.statistics_clips >= 1, "statistics_clips", self.statistics_clips, "1 or more")
         require(
             self.reconstruction in RECONSTRUCTION, "reconstruction", self.reconstruction, " or ".join(RECONSTRUCTION)
@@ -140,48 +118,12 @@ def train_vae(config: TrainVAEConfig) -> None:
         run.mkdir(parents=True, exist_ok=True)
         save_config(config, run / "config.yaml")
 
-    objective, optimizer = accelerator.prepare(
-        ReconstructionObjective(vae, config.reconstruction, config.kl_weight), make_optimizer(vae, config.optimizer)
-    )
-    ema = EMAModel(vae.parameters(), decay=config.optimizer.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
-    accelerator.init_trackers("stgen")
+    def compute_losses(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        video, noise = prepare_batch(batch, config, vae)
+        return model(video.to(accelerator.device), noise.to(accelerator.device))
 
-    step, samples = resume(accelerator, run)
-    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
-    check_global_batch(samples, global_batch)
-    batches = clip_loader(
-        dataset, samples, config.batch_size, config.data.workers, accelerator.process_index, accelerator.num_processes
-    )
-    bar = progress_bar(config.samples, samples, accelerator.is_main_process, "train_vae")
-    logged: list[dict[str, Tensor]] = []
-    while samples < config.samples:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, samples, config.samples)
-        for _ in range(config.accumulate):
-            with accelerator.accumulate(objective):
-                video, noise = prepare_batch(next(batches), config, vae)
-                losses = objective(video.to(accelerator.device), noise.to(accelerator.device))
-                accelerator.backward(losses["loss"])
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(objective.parameters(), config.optimizer.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                logged.append({name: value.detach() for name, value in losses.items()})
-        ema.step(vae.parameters())
-        step, samples = step + 1, samples + global_batch
-        bar.update(global_batch)
-        if step % config.log_every == 0 or samples >= config.samples:
-            values = {name: torch.stack([row[name] for row in logged]).mean() for name in logged[0]}
-            values = {name: value.item() for name, value in accelerator.reduce(values, "mean").items()}
-            accelerator.log({**values, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-            logged = []
-        if step % config.checkpoint_every == 0 or samples >= config.samples:
-            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints)
-    bar.close()
-
+    objective = ReconstructionObjective(vae, config.reconstruction, config.kl_weight)
+    ema = fit(accelerator, config, dataset, objective, compute_losses)
     if accelerator.is_main_process:
         ema.copy_to(vae.parameters())
         mean, std = measure_latents(vae.eval(), dataset, config.statistics_clips, accelerator.device)

@@ -19,6 +19,7 @@ LAYERS = [
     {"models", "text", "data"},
     {"pipelines", "tracking"},
     {"accelerator", "checkpoint", "generation"},
+    {"loop"},
     {"train", "train_vae", "evaluation", "batch"},
     {"cli"},
 ]

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_text_encoder
 
-import stgen.train
+import stgen.loop
 from stgen import STGenPipeline
 from stgen.config import load_config
 from stgen.data.moving_mnist import write_moving_mnist
@@ -105,7 +105,7 @@ def test_the_same_command_resumes(world: Path, reference: dict[int, float]) -> N
         pass
 
     # Ends as a kill would, after a checkpoint and one step that it does not hold; then the command again.
-    original, calls = stgen.train.save_checkpoint, []
+    original, calls = stgen.loop.save_checkpoint, []
 
     def save_then_die(*args) -> None:
         original(*args)
@@ -114,12 +114,12 @@ def test_the_same_command_resumes(world: Path, reference: dict[int, float]) -> N
             raise Killed
 
     config = load_config(TrainConfig, arguments(world, "cut")[1], arguments(world, "cut")[2:])
-    stgen.train.save_checkpoint = save_then_die
+    stgen.loop.save_checkpoint = save_then_die
     try:
         with pytest.raises(Killed):
             train(config)
     finally:
-        stgen.train.save_checkpoint = original
+        stgen.loop.save_checkpoint = original
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.set_num_threads(1)
     output = succeed("train", "cpu", *arguments(world, "cut"))
