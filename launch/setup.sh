@@ -8,7 +8,7 @@ venv=${STGEN_VENV:-$repository/.venv}
 python=${PYTHON:-python3}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $python is older than Python 3.10" >&2; exit 2; }
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none yet, or an interrupted one
     echo "== creating $venv"
     "$python" -m venv "$venv"
 fi

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stgen.config import require
 from stgen.masks import fold_mask, hide, keep_given
 from stgen.models.autoencoder import AutoencoderKLSTGen
+from stgen.models.loading import SafetensorsOnly
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.pipelines.pipeline_output import STGenPipelineOutput
 from stgen.text import encode_text
@@ -29,7 +30,7 @@ Video = Tensor | np.ndarray | list[PIL.Image.Image] | list[list[PIL.Image.Image]
 """One video or a batch, as diffusers' VideoProcessor takes it: images, arrays `[b] t h w c` or tensors `[b] t c h w` in [0, 1]."""
 
 
-class STGenPipeline(DiffusionPipeline):
+class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
     """Generates videos from text and, through a mask, from any part of a video.
 
     Prediction, interpolation and inpainting are thin siblings of this class that build the mask from friendlier
@@ -319,6 +320,8 @@ class STGenPipeline(DiffusionPipeline):
             pixels = self._repeat(pixels, b, "video")
             num_frames, height, width = pixels.shape[2:]
             masked = hide(pixels, pixel_mask).to(self.vae.dtype)
+            in_range = bool((masked.abs() <= 1 + 1e-3).all())  # false for NaN too
+            require(in_range, "video", "given pixels outside", "images, or arrays and tensors of floats in [0, 1]")
             condition_latents = self.vae.normalize_latents(self.vae.encode(masked).latent_dist.mode().float())
             factors = (self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio)
             condition_mask = fold_mask(pixel_mask, *factors)

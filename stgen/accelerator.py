@@ -28,6 +28,8 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
     asked_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     asked_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked_deepspeed and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes"):
+        raise ValueError("ACCELERATE_USE_CPU is set, which turns DeepSpeed off without a word: unset it")
     on_cpu = not torch.cuda.is_available()
     handlers = []
     if on_cpu:
@@ -51,7 +53,7 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
     in_force = accelerator.distributed_type
     if asked_deepspeed != (in_force == DistributedType.DEEPSPEED) or asked_fsdp != (in_force == DistributedType.FSDP):
         asked = "DEEPSPEED" if asked_deepspeed else "FSDP" if asked_fsdp else "neither DEEPSPEED nor FSDP"
-        raise ValueError(f"the launch asked for {asked}, but {in_force} is in force (is ACCELERATE_USE_CPU set?)")
+        raise ValueError(f"the launch asked for {asked}, but {in_force} is in force")
     if accelerator.num_processes != world_size or (world_size > 1) != (in_force != DistributedType.NO):
         raise ValueError(
             f"the launch started {world_size} processes, but {accelerator.num_processes} ({in_force}) are in force"

@@ -9,8 +9,8 @@ The out folder is the whole state of a job, so that whatever dies, the same comm
     .lock           held while a job runs
 
 Ray restarts a worker that dies and gives it its request again. The work is plain actors and not Ray Data, since the
-failure of one request is a result here: Ray Data (2.60) retries a request that kills its worker for ever, or with a
-limit drops its row with nothing but a line in the log.
+failure of one request is a result here: Ray Data (2.60), with its retries limited, drops the row of a request that
+kills its worker with nothing but a line in the log.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from stgen.config import require
-from stgen.generation import TASKS, Request, generate, parse_requests
+from stgen.generation import Request, component_names, generate, parse_requests, saved_pipeline
 from stgen.pipelines import STGenPipeline
 from stgen.tracking import progress_bar
 from stgen.video import write_video
@@ -92,7 +92,7 @@ def run_batch(
     if address is None and gpus_per_actor > 0:
         fitting = torch.cuda.device_count() * int(1 / gpus_per_actor)
         require(actors <= fitting, "actors", actors, f"{fitting} or fewer, as fit on this machine's GPUs")
-    folder, out = _saved_pipeline(pipeline), Path(out).absolute()
+    folder, out = saved_pipeline(pipeline), Path(out).absolute()
     wanted = parse_requests(requests)
     require(not out.exists() or out.is_dir(), "out", str(out), "a folder, or nothing yet")
     own = out / "results.jsonl"
@@ -190,30 +190,10 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 # --- The pipeline's folder ----------------------------------------------------------------------------------------
 
 
-def _saved_pipeline(folder: str | Path) -> Path:
-    """The absolute path, after a check that needs no weights: its model_index.json names a pipeline of stgen's."""
-    folder = Path(folder).absolute()
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"pipeline is {str(folder)!r}, allowed: a folder saved by STGenPipeline: {error}") from error
-    allowed = [kind.__name__ for kind, _ in TASKS.values()]
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    require(name in allowed, f"_class_name in {folder}/model_index.json", name, ", ".join(allowed))
-    for name in _components(folder):
-        require((folder / name).is_dir(), f"{name} of pipeline {folder}", "missing", "a folder")
-    return folder
-
-
-def _components(folder: Path) -> list[str]:
-    index = json.loads((folder / "model_index.json").read_text())
-    return [name for name, value in index.items() if isinstance(value, list)]
-
-
 def _digest(folder: Path) -> str:
     """SHA-256 of all that makes the pipeline: a training run exports to the same place again, with other weights."""
     digest = hashlib.sha256()
-    files = [f for name in _components(folder) for f in (folder / name).rglob("*") if f.is_file()]
+    files = [f for name in component_names(folder) for f in (folder / name).rglob("*") if f.is_file()]
     for path in [folder / "model_index.json", *sorted(files)]:
         digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:

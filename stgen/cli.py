@@ -70,8 +70,7 @@ def generate(
 ) -> None:
     """Generates one video."""
     from stgen import STGenPipeline
-    from stgen.config import require
-    from stgen.generation import Request
+    from stgen.generation import Request, saved_pipeline
     from stgen.generation import generate as generate_request
     from stgen.video import write_video
 
@@ -91,9 +90,7 @@ def generate(
         seed=seed,
         fps=fps,
     )
-    saved = (Path(pipeline) / "model_index.json").is_file()
-    require(saved, "pipeline", pipeline, "a folder with a model_index.json, such as RUN/export")
-    write_video(out, generate_request(STGenPipeline.from_pretrained(pipeline), request), fps)
+    write_video(out, generate_request(STGenPipeline.from_pretrained(saved_pipeline(pipeline)), request), fps)
     print(out)
 
 
@@ -127,11 +124,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Measures a pipeline on clips it never saw, next to naive baselines."""
-    from stgen.config import require
     from stgen.evaluation import evaluate as run
 
-    saved = (Path(pipeline) / "model_index.json").is_file()
-    require(saved, "pipeline", pipeline, "a folder with a model_index.json, such as RUN/export")
     run(pipeline, data, out, clips=clips, samples=samples, steps=steps, seed=seed, device=device)
     print((Path(out) / "report.md").read_text())
 

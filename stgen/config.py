@@ -6,10 +6,12 @@ scattered in the code. The resolved configuration is saved in the run folder, an
 """
 
 import argparse
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -37,14 +39,32 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
         # OmegaConf's message spans lines (key, reference type); the first line and the full key say it all.
         reason = str(error).splitlines()[0]
         where = f" (key {error.full_key})" if getattr(error, "full_key", None) else ""
-        raise ValueError(f"config: {reason}{where}") from error
-    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config: {path}: {reason}{where}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is no YAML: {' '.join(str(error).split())}") from error
+    except TypeError as error:
         raise ValueError(f"config: {path}: {error}") from error
 
 
 def save_config(config: object, path: str | Path) -> None:
     """Writes the resolved configuration, every field spelled out, as YAML."""
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def flatten_config(config: object) -> dict[str, Any]:
+    """A configuration, or the YAML file of one, as `{"data.path": ..., "masks[0].kind": ...}`."""
+    loaded = OmegaConf.load(config) if isinstance(config, Path) else OmegaConf.structured(config)
+
+    def walk(value: Any, key: str) -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            pairs = [(f"{key}.{name}" if key else str(name), child) for name, child in value.items()]
+        elif isinstance(value, list) and value:
+            pairs = [(f"{key}[{i}]", child) for i, child in enumerate(value)]
+        else:
+            return {key: value}
+        return {k: v for name, child in pairs for k, v in walk(child, name).items()}
+
+    return walk(OmegaConf.to_container(loaded), "")
 
 
 def parse_command_line(schema: type[ConfigT], description: str, argv: Sequence[str] | None = None) -> ConfigT:
@@ -60,3 +80,12 @@ def require(condition: bool, argument: str, value: object, allowed: str) -> None
     """Raises the `ValueError` that all of stgen's refusals are: the argument, its value, and what is allowed."""
     if not condition:
         raise ValueError(f"{argument} is {value!r}, allowed: {allowed}")
+
+
+def require_arguments(
+    function: Callable[..., Any], given: Iterable[str], name: str, excluded: Sequence[str] = ()
+) -> None:
+    """Raises `ValueError` if `given` names an argument that `function` doesn't take, or one of `excluded`."""
+    allowed = [argument for argument in inspect.signature(function).parameters if argument not in excluded]
+    for argument in given:
+        require(argument in allowed, name, argument, ", ".join(allowed) or "no arguments")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from stgen.config import require
 from stgen.data.reading import ClipDataset, DataConfig, fold_seed
 from stgen.data.shards import read_index
+from stgen.generation import saved_pipeline
 from stgen.masks import Shape, interpolate, keep_given, moving_box, predict
 from stgen.pipelines import STGenPipeline
 from stgen.video import contact_sheet, difference, write_gif, write_video
@@ -216,7 +217,7 @@ def evaluate(
     truth = np.stack([item["video"].permute(1, 2, 3, 0).numpy() for item in items]).astype(np.float32) / 255
     fps = rows[0]["fps"]
 
-    pipeline = STGenPipeline.from_pretrained(pipeline_folder).to(device)
+    pipeline = STGenPipeline.from_pretrained(saved_pipeline(pipeline_folder)).to(device)
     pipeline.set_progress_bar_config(disable=True)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +260,7 @@ def evaluate(
     ).frames
     _write_media(folder / "text-to-video", np.concatenate(list(to_uint8(frames)), axis=2), fps)
     sheet += [(f'"{prompt}"', to_uint8(clip)) for prompt, clip in zip(prompts, frames, strict=True)]
-    contact_sheet(sheet, folder / "contact_sheet.png", title=f"stgen on held-out clips of {Path(data).name}")
+    contact_sheet(sheet, folder / "contact_sheet.png", title="stgen on clips that it never saw")
 
     settings = {
         "pipeline": pipeline_folder,

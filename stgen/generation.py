@@ -34,6 +34,34 @@ TASKS: dict[str, tuple[type[STGenPipeline], tuple[str, ...]]] = {
 """For each task its pipeline, and the input files that it takes, all of which it needs."""
 
 
+# --- Saved pipelines ----------------------------------------------------------------------------------------------
+
+
+def saved_pipeline(folder: str | Path) -> Path:
+    """The absolute path of a saved pipeline, after a check that needs no weights.
+
+    Raises:
+        ValueError: there is no model_index.json, it names no pipeline of stgen's, or a component's folder is missing.
+    """
+    folder = Path(folder).absolute()
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"pipeline is {str(folder)!r}, allowed: a folder saved by STGenPipeline: {error}") from error
+    allowed = [kind.__name__ for kind, _ in TASKS.values()]
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    require(name in allowed, f"_class_name in {folder}/model_index.json", name, ", ".join(allowed))
+    for name in component_names(folder):
+        require((folder / name).is_dir(), f"{name} of pipeline {folder}", "missing", "a folder")
+    return folder
+
+
+def component_names(folder: Path) -> list[str]:
+    """The components that a saved pipeline's model_index.json lists."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return [name for name, value in index.items() if isinstance(value, list)]
+
+
 # --- Requests -----------------------------------------------------------------------------------------------------
 
 

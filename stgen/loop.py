@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from stgen.checkpoint import check_global_batch, resume, save_checkpoint
-from stgen.config import require
+from stgen.checkpoint import check_global_batch, checkpoints, resume, save_checkpoint
+from stgen.config import flatten_config, require, save_config
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader
 from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
 from stgen.tracking import progress_bar
@@ -43,6 +43,30 @@ class LoopConfig:
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+MAY_CHANGE = (
+    *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
+    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips"),
+)
+"""What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
+
+
+def begin_run(config: LoopConfig) -> None:
+    """Makes the run folder and writes its config.yaml.
+
+    Raises:
+        ValueError: the folder has checkpoints of a run that was configured otherwise.
+    """
+    run = Path(config.run)
+    if checkpoints(run):
+        before, now = flatten_config(run / "config.yaml"), flatten_config(config)
+        for key in sorted(before.keys() | now.keys()):
+            if key.split("[")[0] not in MAY_CHANGE:
+                changed = f"{before.get(key)!r}, with which {run} was begun; another run folder takes another value"
+                require(before.get(key) == now.get(key), key, now.get(key), changed)
+    run.mkdir(parents=True, exist_ok=True)
+    save_config(config, run / "config.yaml")
 
 
 def fit(

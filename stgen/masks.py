@@ -7,7 +7,6 @@ Shapes: t frames, h height, w width in pixels; one mask is `1 t h w`, a batch `b
 On the latent grid a mask is folded to `b p t' h' w'` (see `fold_mask`).
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stgen.config import require
+from stgen.config import require, require_arguments
 
 Shape = tuple[int, int, int]
 """Frames, height and width in pixels."""
@@ -139,11 +138,7 @@ class MaskSpec:
     def __post_init__(self) -> None:
         require(self.kind in MASKS, "masks.kind", self.kind, ", ".join(MASKS))
         require(self.weight > 0, "masks.weight", self.weight, "a number above 0")
-        allowed = [
-            name for name in inspect.signature(MASKS[self.kind]).parameters if name not in ("shape", "generator")
-        ]
-        for name in self.args:
-            require(name in allowed, f"masks.args of {self.kind}", name, ", ".join(allowed) or "no arguments")
+        require_arguments(MASKS[self.kind], self.args, f"masks.args of {self.kind}", excluded=("shape", "generator"))
 
     def draw(self, shape: Shape, generator: torch.Generator) -> Tensor:
         """One mask `1 t h w`, a pure function of the generator's state."""

@@ -36,8 +36,12 @@ def text_encoder_folder(name: str) -> str:
 def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and encoder, in eval mode. Any transformers text encoder: MiniLM, T5 (its encoder half), ..."""
     folder = text_encoder_folder(name)
-    encoder = AutoModelForTextEncoding.from_pretrained(folder, use_safetensors=True)
-    return AutoTokenizer.from_pretrained(folder), encoder.eval().requires_grad_(False)
+    try:
+        encoder = AutoModelForTextEncoding.from_pretrained(folder, use_safetensors=True)
+        return AutoTokenizer.from_pretrained(folder), encoder.eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"text_encoder is {name!r}, allowed: a text encoder in safetensors: {reason}") from error
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkp
 that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, the last ones as `variant="raw"`.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +15,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
-from stgen.config import parse_command_line, require, save_config
+from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.flow import interpolant, masked_mse, sample_time, velocity
-from stgen.loop import LoopConfig, fit
+from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, fold_mask, generated_cells, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.transformer import STGenTransformer3DModel
@@ -68,10 +67,8 @@ class TrainConfig(LoopConfig):
         require(self.max_text_length >= 1, "max_text_length", self.max_text_length, "1 or more")
         require(0 <= self.text_dropout <= 1, "text_dropout", self.text_dropout, "0 to 1")
         require(len(self.masks) > 0, "masks", self.masks, "at least one entry")
-        derived = {"self", "in_channels", "text_dim", "mask_channels", "sample_frames", "sample_height", "sample_width"}
-        allowed = sorted(inspect.signature(STGenTransformer3DModel.__init__).parameters.keys() - derived)
-        for name in self.model:
-            require(name in allowed, "model", name, ", ".join(allowed))
+        derived = ("in_channels", "text_dim", "mask_channels", "sample_frames", "sample_height", "sample_width")
+        require_arguments(STGenTransformer3DModel, self.model, "model", excluded=derived)
 
 
 def make_model(config: TrainConfig, vae: AutoencoderKLSTGen, text_dim: int) -> STGenTransformer3DModel:
@@ -175,8 +172,7 @@ def train(config: TrainConfig) -> None:
     vae = AutoencoderKLSTGen.from_pretrained(config.vae).eval().requires_grad_(False).to(accelerator.device)
     cache = run / "cache" / "text.safetensors"
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, run / "config.yaml")
+        begin_run(config)
         TextCache.build(cache, config.text_encoder, ["", *dataset.captions()], config.max_text_length)
     accelerator.wait_for_everyone()
     text = TextCache(cache)

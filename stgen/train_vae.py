@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
-from stgen.config import parse_command_line, require, save_config
+from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
-from stgen.loop import LoopConfig, fit
+from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 
@@ -51,6 +51,8 @@ class TrainVAEConfig(LoopConfig):
         )
         fits = self.window is None or 1 <= self.window <= self.data.num_frames
         require(fits, "window", self.window, f"1 to data.num_frames={self.data.num_frames}, or null")
+        measured = ("latents_mean", "latents_std")
+        require_arguments(AutoencoderKLSTGen, self.model, "model", excluded=measured)
         require(0 <= self.masked_fraction <= 1, "masked_fraction", self.masked_fraction, "0 to 1")
 
 
@@ -115,8 +117,8 @@ def train_vae(config: TrainVAEConfig) -> None:
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
     vae = AutoencoderKLSTGen(**config.model)
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, run / "config.yaml")
+        begin_run(config)
+    accelerator.wait_for_everyone()
 
     def compute_losses(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         video, noise = prepare_batch(batch, config, vae)

@@ -43,3 +43,17 @@ def test_a_missing_file_and_missing_values_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("seed: 1\n")
     with pytest.raises(ValueError, match=r"run|vae|path"):
         load_config(TrainConfig, tmp_path / "empty.yaml")
+
+
+@pytest.mark.parametrize("text", ["a: [1\nb: 2", "- 1\n", "just words"])
+def test_a_file_that_is_no_configuration_is_one_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config: .*bad.yaml") as error:
+        load_config(TrainConfig, tmp_path / "bad.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_arguments_of_the_vae_are_named() -> None:
+    file = REPOSITORY / "configs" / "moving_mnist_32" / "vae.yaml"
+    with pytest.raises(ValueError, match="model is 'depth', allowed: in_channels"):
+        load_config(TrainVAEConfig, file, ["model.depth=3"])

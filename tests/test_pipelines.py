@@ -1,13 +1,19 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from stgen import (
+    AutoencoderKLSTGen,
     STGenInpaintPipeline,
     STGenInterpolationPipeline,
     STGenPipeline,
     STGenPredictionPipeline,
+    STGenTransformer3DModel,
 )
 from stgen.masks import moving_box
 
@@ -139,6 +145,45 @@ def test_latents_embeddings_and_callback_are_used(tiny_pipeline: STGenPipeline) 
 def test_what_does_not_fit_is_named(tiny_pipeline: STGenPipeline, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_pipeline(**arguments)
+
+
+def test_pixels_that_are_no_pixels_are_refused(tiny_pipeline: STGenPipeline) -> None:
+    mask = np.ones((9, 16, 16), np.float32)
+    mask[:4] = 0
+    for bad in (video(), as_float(video()) * 2, np.full((9, 16, 16, 3), np.nan, np.float32)):
+        with pytest.raises(ValueError, match="given pixels outside"):
+            tiny_pipeline("a", video=bad, mask=mask)
+    hidden = as_float(video())
+    hidden[4:] = np.nan  # never looked at
+    frames = tiny_pipeline("a", video=hidden, mask=mask, num_inference_steps=2, output_type="np").frames
+    assert np.isfinite(frames).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(tiny_pipeline: STGenPipeline, tiny_pipeline_folder: Path, dtype: torch.dtype) -> None:
+    half = STGenPipeline.from_pretrained(tiny_pipeline_folder, dtype=dtype)
+    half.set_progress_bar_config(disable=True)
+    mask = moving_box((9, 16, 16), seeded())
+    call = {"video": as_float(video()), "mask": mask, "num_inference_steps": 2, "output_type": "np"}
+    frames, expected = (p("a 3", generator=seeded(), **call).frames for p in (half, tiny_pipeline))
+    assert half.transformer.patch_embed.weight.dtype == dtype
+    assert np.abs(frames - expected).mean() < 0.02
+
+
+@pytest.mark.parametrize("component", ["vae", "transformer"])
+def test_pickles_are_not_read(tiny_pipeline_folder: Path, tmp_path: Path, component: str) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    weights = folder / component / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    kind = {"vae": AutoencoderKLSTGen, "transformer": STGenTransformer3DModel}[component]
+    with pytest.raises(OSError, match="safetensors"):
+        STGenPipeline.from_pretrained(folder)
+    with pytest.raises(OSError, match="safetensors"):
+        kind.from_pretrained(folder / component)
+    with pytest.raises(ValueError, match="use_safetensors is False"):
+        kind.from_pretrained(folder / component, use_safetensors=False)
 
 
 def test_more_given_frames_than_frames(tiny_pipeline: STGenPipeline) -> None:

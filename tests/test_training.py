@@ -23,8 +23,9 @@ pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).parent.parent
 
 
-def launch(script: str, strategy: str, *arguments: str) -> subprocess.CompletedProcess:
+def launch(script: str, strategy: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"} | {"OMP_NUM_THREADS": "1"}
+    environment |= variables
     accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     config = ["--config_file", f"configs/accelerate/{strategy}.yaml", "--main_process_port", "0"]
     return subprocess.run(
@@ -104,17 +105,17 @@ def test_the_same_command_resumes(world: Path, reference: dict[int, float]) -> N
     class Killed(Exception):
         pass
 
-    # Ends as a kill would, after a checkpoint and one step that it does not hold; then the command again.
+    # Ends as a kill would, after two steps that the newest checkpoint, of step 4, does not hold; then the command again.
     original, calls = stgen.loop.save_checkpoint, []
 
-    def save_then_die(*args) -> None:
-        original(*args)
+    def save_or_die(*args) -> None:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == 3:
             raise Killed
+        original(*args)
 
     config = load_config(TrainConfig, arguments(world, "cut")[1], arguments(world, "cut")[2:])
-    stgen.loop.save_checkpoint = save_then_die
+    stgen.loop.save_checkpoint = save_or_die
     try:
         with pytest.raises(Killed):
             train(config)
@@ -133,13 +134,27 @@ def test_the_same_command_resumes(world: Path, reference: dict[int, float]) -> N
         torch.testing.assert_close(cut[name], weight, atol=1e-6, rtol=1e-5)
 
 
-def test_deepspeed_that_is_not_in_force_is_an_error(world: Path) -> None:
-    # What `use_cpu: true` in a DeepSpeed file does: Accelerate drops DeepSpeed without a word.
-    environment = dict(os.environ) | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "stgen/train.py", *arguments(world, "wrong")]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+def test_deepspeed_that_would_be_turned_off_is_an_error(world: Path) -> None:
+    done = launch("train", "zero2_cpu", *arguments(world, "wrong", "batch_size=2"), ACCELERATE_USE_CPU="true")
     assert done.returncode != 0
+    assert "error: ACCELERATE_USE_CPU is set" in done.stderr
     assert not (world / "wrong" / "metrics.jsonl").exists()
+
+
+def test_another_configuration_is_another_run(world: Path, reference: dict[int, float], capsys) -> None:
+    kept = (world / "one" / "config.yaml").read_text()
+    for override, key in (
+        ("seed=1", "seed"),
+        ("model.num_layers=3", "model.num_layers"),
+        ("masks=[{kind: generate_all}]", "masks"),
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments(world, "one", override))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith(f"error: {key}"), error
+        assert "with which" in error
+    assert (world / "one" / "config.yaml").read_text() == kept
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,7 @@ def test_deepspeed_that_is_not_in_force_is_an_error(world: Path) -> None:
         ("data.path=/nowhere", "a folder of shards"),
         ("samples=0", "samples is 0, allowed: 1 or more"),
         ("vae=/nowhere", "vae"),
+        ("text_encoder=/nowhere", "text_encoder is '/nowhere'"),
     ],
 )
 def test_bad_configuration_is_one_line(world: Path, override: str, message: str, capsys: pytest.CaptureFixture) -> None:

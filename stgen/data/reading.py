@@ -103,7 +103,7 @@ class ClipDataset(Dataset):
             frames = decode_clip(files)
             if frames.shape[:3] != self.shape:
                 raise ValueError(f"holds {frames.shape[:3]}, its index says {self.shape}")
-        except ValueError as error:
+        except (ValueError, EOFError) as error:
             raise ValueError(f"data {self.folder}: sample {row['key']} of {row['shard']}: {error}") from error
         clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
         return {"video": clip, "caption": row["caption"], "position": position}

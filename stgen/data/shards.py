@@ -127,7 +127,10 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         hint = "stgen data index" if list(folder.glob("*.tar")) else "stgen data"
         raise ValueError(f"data {folder} has no {INDEX}: write it with `{hint}`")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        raise ValueError(f"data {path} is corrupt: {error}; write it again with `stgen data index`") from error
     require(len(rows) > 0, "data", str(path), "an index with at least one clip")
     ends: dict[str, int] = {}
     for row in rows:

@@ -23,6 +23,7 @@ from stgen.models.layers import (
     channels_to_space,
     space_to_channels,
 )
+from stgen.models.loading import SafetensorsOnly
 
 
 class Encoder3d(nn.Module):
@@ -81,7 +82,7 @@ class Decoder3d(nn.Module):
         return self.conv_out(x)
 
 
-class AutoencoderKLSTGen(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMixin):
     """3D causal VAE with a KL bottleneck and diffusers' autoencoder interface.
 
     Frame i's latent depends on the frames of its own group and earlier ones only, so the latents of a clip's beginning

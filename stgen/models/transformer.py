@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from stgen.config import require
 from stgen.masks import generated_cells
+from stgen.models.loading import SafetensorsOnly
 
 # --- Positions ----------------------------------------------------------------------------------------------------
 
@@ -186,6 +187,7 @@ class TokenModulation:
 
     def for_tokens(self, table: Tensor) -> tuple[Tensor, ...]:
         """The k modulations plus `table` `k d`, each broadcastable to `b t s d`."""
+        table = table.to(self.at_time.dtype)  # the table is kept in fp32 when the rest is loaded in half precision
         at_time = (self.at_time + table)[:, :, None, None].unbind(1)
         if self.given is None or self.at_zero is None:
             return at_time
@@ -197,7 +199,7 @@ class TokenModulation:
 # --- Model --------------------------------------------------------------------------------------------------------
 
 
-class STGenTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
+class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     """Spatial-temporal diffusion transformer with mask conditioning, in the line of Open-Sora's STDiT, VDT and Latte.
 
     The mask enters in two ways. Given cells carry their clean latents at timestep 0, token by token; and the latents of
