@@ -1,23 +1,25 @@
 """STGenTransformer3DModel: one spatial-temporal diffusion transformer for every task.
 
-Shapes: b batch, c channels, t h w the latent grid; after patching, tokens `b t s d` with s = h w and d = heads * head;
-n text tokens; p the mask's channels (frames of one latent).
+Shapes: b batch, c channels; latents `b c t h w`; after patching, tokens `b t h w d` on the token grid, with
+d = heads * head; n text tokens; p the mask's channels (frames of one latent).
 
-The model is a stack of blocks, each attention, cross-attention to the text and MLP, modulated by the timestep
-(AdaLN-single). What makes a block spatial, temporal or full is only how its attention groups the same tokens.
+The model is a stack of blocks, each one or more attentions, cross-attention to the text and an MLP, modulated by the
+timestep. What makes an attention spatial, temporal or full is only how it groups the same tokens (see attention.py).
+Open-Sora's STDiT, VDT, Latte and PredFormer are settings of it (see conversion.py).
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import AttentionMixin, AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import PixArtAlphaTextProjection, TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
@@ -25,175 +27,173 @@ from torch import Tensor, nn
 
 from stgen.config import require
 from stgen.masks import generated_cells
+from stgen.models.attention import (
+    Axes,
+    GivenCache,
+    Grouping,
+    STGenAttention,
+    STGenCrossAttention,
+    group_mask,
+    parse_pattern,
+    probe_backend,
+    rotary_embedding,
+)
+from stgen.models.embeddings import ScalarEmbedding, SizeEmbedding, resolution_step, sincos, space_positions
 from stgen.models.loading import SafetensorsOnly
 
-# --- Positions ----------------------------------------------------------------------------------------------------
+# --- Modulation ---------------------------------------------------------------------------------------------------
+
+EPS = 1e-6
 
 
-def sincos_positions(length: int, dim: int, device: torch.device) -> Tensor:
-    """Sine-cosine embedding of positions 0 .. length - 1, `length dim` (Vaswani et al. 2017, arXiv:1706.03762)."""
-    frequency = 10000.0 ** (-torch.arange(dim // 2, device=device) / (dim // 2))
-    angle = torch.arange(length, device=device)[:, None] * frequency
-    return torch.cat([angle.sin(), angle.cos()], dim=1)
+def adaptive_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LN(x) (1 + scale) + shift  (adaptive layer norm, Peebles & Xie 2022, arXiv:2212.09748).
 
-
-def position_embedding(t: int, h: int, w: int, dim: int, device: torch.device) -> Tensor:
-    """Absolute positions added to the tokens, `t s d`: 2D sin-cos in space plus 1D sin-cos in time, as in Latte."""
-    half = dim // 2
-    rows, columns = sincos_positions(h, half, device), sincos_positions(w, dim - half, device)
-    space = torch.cat([rows[:, None].expand(h, w, -1), columns[None].expand(h, w, -1)], dim=2)
-    return sincos_positions(t, dim, device)[:, None] + space.flatten(0, 1)
-
-
-def rotary_embedding(t: int, h: int, w: int, dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of 3D rotary positions, each `t s 1 (dim / 2)` (RoFormer, arXiv:2104.09864; axes as in Wan 2.1).
-
-    Height and width take a third of the head's pairs each, time the rest.
+    Args:
+        x: `b t h w d`.
+        shift, scale: broadcastable to it; where they are one row a clip they become the norm's own weight and bias,
+            which saves two passes over the tokens.
     """
-    pairs = dim // 2
-    space = pairs // 3
-    angles = []
-    for length, count, view in ((t, pairs - 2 * space, (t, 1, 1)), (h, space, (1, h, 1)), (w, space, (1, 1, w))):
-        frequency = 10000.0 ** (-torch.arange(count, device=device) / max(count, 1))
-        angle = torch.arange(length, device=device)[:, None] * frequency
-        angles.append(angle.view(*view, count).expand(t, h, w, count))
-    angle = torch.cat(angles, dim=-1).view(t, h * w, 1, pairs)
-    return angle.cos(), angle.sin()
+    d = x.shape[-1]
+    if x.device.type == "cpu" and shift[0].numel() == d:
+        rows = [F.layer_norm(y, (d,), 1 + a.view(d), b.view(d), EPS) for y, a, b in zip(x, scale, shift, strict=True)]
+        return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+    return torch.addcmul(shift, F.layer_norm(x, (d,), eps=EPS), 1 + scale)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the two halves of each head, `b t s heads head`, by the positions' angles."""
-    cos, sin = (table.to(x.dtype) for table in rotary)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+@dataclass
+class Conditioning:
+    """What modulates the tokens: that of the timestep for generated ones, that of t = 0 for given ones (Open-Sora 1.1).
 
-
-# --- Attention as grouping ----------------------------------------------------------------------------------------
-
-GROUPINGS = {
-    "s": "b t s heads head -> (b t) s heads head",  # spatial: the tokens of a frame
-    "t": "b t s heads head -> (b s) t heads head",  # temporal: one place through time
-    "f": "b t s heads head -> b (t s) heads head",  # full 3D
-}
-"""How attention groups tokens into sequences, by the letter that stands for it in a pattern string."""
-
-
-class STGenAttnProcessor:
-    """Projects, groups and attends through diffusers' attention dispatcher, so that every backend of it works here."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: "STGenAttention",
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        _, t, s, _ = hidden_states.shape
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))
-        k = attn.norm_k(attn.to_k(context).unflatten(-1, (attn.heads, -1)))
-        v = attn.to_v(context).unflatten(-1, (attn.heads, -1))
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
-        grouping = GROUPINGS[attn.grouping]
-        if encoder_hidden_states is None:
-            q, k, v = rearrange(q, grouping), rearrange(k, grouping), rearrange(v, grouping)
-        else:
-            q = rearrange(q, grouping)
-        out = dispatch_attention_fn(q, k, v, attn_mask=attention_mask, backend=self._attention_backend)
-        inverse = " -> ".join(reversed(grouping.split(" -> ")))
-        out = rearrange(out, inverse, t=t, s=s).flatten(-2)
-        return attn.to_out[1](attn.to_out[0](out))
-
-
-class STGenAttention(nn.Module, AttentionModuleMixin):
-    """Multi-head attention with RMS-normalised queries and keys, over one grouping of the tokens `b t s d`.
-
-    With `cross_dim` it is cross-attention from all tokens to `b n cross_dim`.
+    Index 0 of the axis of size 2 is the timestep's, index 1 that of t = 0; there is no index 1 when nothing is given.
     """
 
-    _default_processor_cls = STGenAttnProcessor
-    _available_processors = [STGenAttnProcessor]
+    given: Tensor | None
+    """Which tokens are given, bool broadcastable to `b t h w 1`; None when none is."""
+    time_positions: Tensor
+    """`t 1 1 d`, for the first temporal attention, where that is the place they enter at."""
+    embedding: Tensor | None = None
+    """Full AdaLN: SiLU of the time embedding, `b 1|2 d`."""
+    attention: Tensor | None = None
+    """AdaLN-single: shift, scale and gate of every attention, `b 1|2 3 d`."""
+    temporal: Tensor | None = None
+    """AdaLN-single: those of temporal attention, which are others where it is told of other sizes."""
+    mlp: Tensor | None = None
+    """AdaLN-single: those of every MLP."""
 
-    def __init__(self, dim: int, heads: int, grouping: str, cross_dim: int | None = None) -> None:
-        super().__init__()
-        self.heads, self.grouping = heads, grouping
-        self.is_cross_attention = cross_dim is not None
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(cross_dim or dim, dim)
-        self.to_v = nn.Linear(cross_dim or dim, dim)
-        self.norm_q = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.norm_k = nn.RMSNorm(dim // heads, eps=1e-6)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])  # the shape that diffusers' LoRA expects
-        self.set_processor(STGenAttnProcessor())
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, rotary)
+    def per_token(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows `b 1|2 k d` as k tensors broadcastable to `b t h w d`."""
+        at_time, *at_zero = rows[:, :, :, None, None, None].unbind(1)
+        if self.given is None or not at_zero:
+            return at_time.unbind(1)
+        return tuple(
+            torch.where(self.given, zero, time)
+            for zero, time in zip(at_zero[0].unbind(1), at_time.unbind(1), strict=True)
+        )
 
 
 # --- Block --------------------------------------------------------------------------------------------------------
 
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift: adaptive layer norm (Peebles & Xie 2022, arXiv:2212.09748)."""
-    return x * (1 + scale) + shift
+MODULATION_ROWS = {"adaptive": 3, "gated": 1, "affine": 0}
+"""How an attention is modulated, and by how many rows: shift, scale and gate; the gate alone; nothing."""
 
 
 class STGenTransformerBlock(nn.Module):
-    """Attention over one grouping, cross-attention to the text, MLP; AdaLN-single (PixArt-alpha, arXiv:2310.00426)."""
+    """One or more attentions, cross-attention to the text, MLP.
 
-    def __init__(self, dim: int, heads: int, grouping: str, mlp_ratio: float) -> None:
+    Args:
+        groupings: one for each attention.
+        modulation: `single`, a table added to what all blocks share (AdaLN-single, PixArt-alpha, arXiv:2310.00426); or
+            `full`, a projection of the block's own (AdaLN, DiT and VDT).
+        temporal: how temporal attention is modulated, a key of `MODULATION_ROWS`.
+        time_positions: `stream` or `attention`, where the first temporal attention adds them; None in other blocks.
+        rope: `3d`, `time` or None; `time` says nothing within a frame and is left out there.
+        cross: whether the block attends to text.
+        cross_norm: layer norm before that, and RMS norm of its queries and keys (Wan).
+        mlp: `gelu`, `gelu-approximate` or `swiglu`, as diffusers names them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        groupings: tuple[Grouping, ...],
+        modulation: str,
+        temporal: str,
+        time_positions: str | None,
+        rope: str | None,
+        qk_norm: str | None,
+        cross: bool,
+        cross_norm: bool,
+        mlp: str,
+        mlp_ratio: float,
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.self_attn = STGenAttention(dim, heads, grouping)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.cross_attn = STGenAttention(dim, heads, "f", cross_dim=dim)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn="gelu")
-        # Shift, scale and gate of the attention, then of the MLP, added to what the timestep asks of every block.
-        self.scale_shift_table = nn.Parameter(torch.zeros(6, dim))
+        self.time_positions, self.rope = time_positions, rope
+        names = [grouping.name for grouping in groupings]
+        # Diffusers' cache hooks find attention by names that end in `attn`.
+        self.names = [
+            f"{name}_{names[:i].count(name) + 1}_attn" if name in names[:i] else f"{name}_attn"
+            for i, name in enumerate(names)
+        ]
+        self.kinds = [temporal if name == "temporal" else "adaptive" for name in names]
+        for name, kind, grouping in zip(self.names, self.kinds, groupings, strict=True):
+            self.add_module(name, STGenAttention(dim, heads, grouping, qk_norm))
+            if kind == "affine":
+                self.add_module(f"{name}_norm", nn.LayerNorm(dim, eps=1e-5))
+        self.cross_norm = nn.LayerNorm(dim, eps=EPS) if cross and cross_norm else nn.Identity()
+        self.cross_attn = STGenCrossAttention(dim, heads, cross_norm and qk_norm is not None) if cross else None
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=mlp)
+        rows = sum(MODULATION_ROWS[kind] for kind in self.kinds) + 3
+        self.scale_shift_table = nn.Parameter(torch.zeros(rows, dim)) if modulation == "single" else None
+        self.modulation = nn.Linear(dim, rows * dim) if modulation == "full" else None
+
+    def _modulation(self, conditioning: Conditioning) -> Tensor:
+        """The rows of this block, `b 1|2 k d`."""
+        if self.modulation is not None:
+            return self.modulation(conditioning.embedding).unflatten(-1, (-1, conditioning.embedding.shape[-1]))
+        shared = []
+        for name, kind in zip(self.names, self.kinds, strict=True):
+            rows = conditioning.temporal if name.startswith("temporal") else conditioning.attention
+            shared.append(rows[:, :, 3 - MODULATION_ROWS[kind] :])
+        shared.append(conditioning.mlp)
+        # The table is kept in fp32 when the rest is loaded in half precision.
+        return torch.cat(shared, dim=2) + self.scale_shift_table.to(conditioning.mlp.dtype)
 
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        modulation: "TokenModulation",
-        rotary: tuple[Tensor, Tensor],
-        encoder_attention_mask: Tensor | None,
+        encoder_hidden_states: Tensor | None,
+        conditioning: Conditioning,
+        rotary: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        attention_masks: dict[Grouping, Tensor] | None = None,
+        cache: GivenCache | None = None,
     ) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.for_tokens(self.scale_shift_table)
-        x = hidden_states
-        x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1), rotary=rotary)
-        x = x + self.cross_attn(self.norm2(x), encoder_hidden_states, encoder_attention_mask)
-        return x + gate2 * self.ff(modulate(self.norm3(x), shift2, scale2))
+        x, row = hidden_states, iter(conditioning.per_token(self._modulation(conditioning)))
+        for name, kind in zip(self.names, self.kinds, strict=True):
+            attn: STGenAttention = getattr(self, name)
+            grouping = attn.grouping
+            first = self.time_positions if grouping.name == "temporal" else None
+            if first == "stream":
+                x = x + conditioning.time_positions
+            if kind == "adaptive":
+                y = adaptive_norm(x, next(row), next(row))
+            else:
+                y = getattr(self, f"{name}_norm")(x) if kind == "affine" else x
+            if first == "attention":
+                y = y + conditioning.time_positions
+            table = rotary if self.rope == "3d" or grouping.across_frames else None
+            y = attn(y, table, (attention_masks or {}).get(grouping), cache)
+            x = x + y if kind == "affine" else torch.addcmul(x, next(row), y)
+        if self.cross_attn is not None:
+            x = x + self.cross_attn(self.cross_norm(x), encoder_hidden_states, encoder_attention_mask)
+        y = self.ff(adaptive_norm(x, next(row), next(row)))
+        return torch.addcmul(x, next(row), y)
 
 
-class TokenModulation:
-    """What the timestep asks of each token: its own for generated tokens, that of t = 0 for given ones (Open-Sora 1.1)."""
-
-    def __init__(self, at_time: Tensor, at_zero: Tensor | None, given: Tensor | None) -> None:
-        """Args: at_time, at_zero: `b k d`; given: bool `b t s`, or None when every token is generated."""
-        self.at_time, self.at_zero, self.given = at_time, at_zero, given
-
-    def for_tokens(self, table: Tensor) -> tuple[Tensor, ...]:
-        """The k modulations plus `table` `k d`, each broadcastable to `b t s d`."""
-        table = table.to(self.at_time.dtype)  # the table is kept in fp32 when the rest is loaded in half precision
-        at_time = (self.at_time + table)[:, :, None, None].unbind(1)
-        if self.given is None or self.at_zero is None:
-            return at_time
-        at_zero = (self.at_zero + table)[:, :, None, None].unbind(1)
-        given = self.given[..., None]
-        return tuple(torch.where(given, zero, time) for zero, time in zip(at_zero, at_time, strict=True))
+# FirstBlockCache, MagCache and the like find the tokens in a block's arguments and output by this.
+TransformerBlockRegistry.register(STGenTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
 # --- Model --------------------------------------------------------------------------------------------------------
@@ -211,23 +211,44 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         patch_size: latent cells of one token in (t, h, w).
         num_attention_heads, attention_head_dim: their product is the width d.
         num_layers: number of blocks.
-        pattern: groupings of the blocks' attention, cycled over the depth: `s` spatial, `t` temporal, `f` full.
+        pattern: groupings of the blocks' attention, cycled over the depth; its grammar stands in attention.py.
+        mlp: `gelu`, `gelu-approximate` (tanh; four times slower on a CPU) or `swiglu` (PredFormer's gated block).
         mlp_ratio: width of the MLP relative to d.
-        text_dim: width of the text encoder's states.
+        modulation: `single` (AdaLN-single: one projection of the timestep for all blocks and a table in each) or `full`
+            (AdaLN: a projection in each).
+        temporal_modulation: of temporal attention: `adaptive` as all others, `gated` without a norm (Open-Sora 1.0), or
+            `affine`, an ordinary layer norm and no gate (VDT).
+        qk_norm: RMS norm of queries and keys, `before_rotary` or `after_rotary` (Open-Sora 1.1), or None.
+        rope: rotary positions `3d`, `time` or None.
+        time_positions: where 1D sine-cosine positions in time are added: to the `input` tokens (VDT), to the `stream` at
+            the first temporal attention (Latte), to the input of that `attention` alone (Open-Sora 1.0), or None.
+        space_scale, time_scale: positions are divided by these.
+        position_resolution: pixels of a side at which the step of the 2D positions is 1 and with which it scales
+            (Open-Sora 1.1 and 1.2); None leaves the step alone.
+        size_conditioning: what else modulates: `fps` (Open-Sora 1.2), `size` (1.1: height, width, aspect ratio, frames
+            and fps), or None.
+        num_classes: class labels; one more class, the last, says nothing. None for none.
+        text_dim: width of the text encoder's states; None for no text.
+        cross_attention: names of groupings (`spatial`, ...) whose blocks attend to the text; None means every block.
+        cross_norm: layer norm before cross-attention, and `qk_norm` in it.
+        null_text: what stands for no text: the empty `prompt` encoded, a `learned` embedding, or `zero`.
+        text_tokens: length of the learned one, the most tokens that a text may then have.
         mask_channels: channels of the folded mask, which is the VAE's temporal compression; 0 switches the
             conditioning channels off.
-        sample_frames, sample_height, sample_width: frames and pixels of the clips it was trained on, the pipelines'
-            default size.
+        isolate_given: given tokens attend to given tokens alone, so that a `GivenCache` can keep their keys and values.
+        learn_sigma: the output has twice the channels, the second half about the variance (arXiv:2102.09672).
+        sample_frames, sample_height, sample_width, sample_fps: frames, pixels and frames/s of the clips it was trained
+            on, the pipelines' defaults.
 
     Raises:
-        ValueError: `pattern` has an unknown letter, or the head is too small for 3D rotary positions.
+        ValueError: an argument is not among those named here, or two don't go together.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["STGenTransformerBlock"]
     _repeated_blocks = ["STGenTransformerBlock"]
-    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "text_embed", "norm"]
-    _keep_in_fp32_modules = ["time_embed", "scale_shift_table"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "time_embed", "size_embed", "class_embed", "text_embed", "norm"]
+    _keep_in_fp32_modules = ["time_embed", "size_embed", "scale_shift_table"]
 
     @register_to_config
     def __init__(
@@ -238,94 +259,152 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         attention_head_dim: int = 64,
         num_layers: int = 12,
         pattern: str = "st",
+        mlp: str = "gelu",
         mlp_ratio: float = 4.0,
-        text_dim: int = 384,
+        modulation: str = "single",
+        temporal_modulation: str = "adaptive",
+        qk_norm: str | None = "before_rotary",
+        rope: str | None = "3d",
+        time_positions: str | None = "input",
+        space_scale: float = 1.0,
+        time_scale: float = 1.0,
+        position_resolution: int | None = None,
+        size_conditioning: str | None = None,
+        num_classes: int | None = None,
+        text_dim: int | None = 384,
+        cross_attention: Sequence[str] | None = None,
+        cross_norm: bool = True,
+        null_text: str = "prompt",
+        text_tokens: int | None = None,
         mask_channels: int = 4,
+        isolate_given: bool = False,
+        learn_sigma: bool = False,
         sample_frames: int = 16,
         sample_height: int = 256,
         sample_width: int = 256,
+        sample_fps: float = 24.0,
     ) -> None:
         super().__init__()
-        known = len(pattern) > 0 and set(pattern) <= set(GROUPINGS)
-        require(known, "pattern", pattern, f"letters of {', '.join(GROUPINGS)}")
-        fits = attention_head_dim >= 6 and attention_head_dim % 2 == 0
-        require(fits, "attention_head_dim", attention_head_dim, "an even number of 6 or more, for 3D rotary positions")
+        for name, value, allowed in (
+            ("mlp", mlp, ("gelu", "gelu-approximate", "swiglu")),
+            ("modulation", modulation, ("single", "full")),
+            ("temporal_modulation", temporal_modulation, tuple(MODULATION_ROWS)),
+            ("qk_norm", qk_norm, ("before_rotary", "after_rotary", None)),
+            ("rope", rope, ("3d", "time", None)),
+            ("time_positions", time_positions, ("input", "stream", "attention", None)),
+            ("size_conditioning", size_conditioning, ("fps", "size", None)),
+            ("null_text", null_text, ("prompt", "learned", "zero")),
+        ):
+            require(value in allowed, name, value, ", ".join(str(choice) for choice in allowed))
         dim = num_attention_heads * attention_head_dim
+        require(dim % 4 == 0, "num_attention_heads * attention_head_dim", dim, "a multiple of 4, for 2D positions")
+        least = {"3d": 6, "time": 2, None: 1}[rope]
+        fits = attention_head_dim >= least and (rope is None or attention_head_dim % 2 == 0)
+        require(fits, "attention_head_dim", attention_head_dim, f"an even number of {least} or more, for rope {rope!r}")
+        fits = size_conditioning != "size" or modulation == "single"
+        require(fits, "size_conditioning", size_conditioning, "'fps' or None with full modulation")
+        fits = null_text != "learned" or text_tokens is not None
+        require(fits, "text_tokens", text_tokens, "a number of tokens, since null_text is 'learned'")
+        blocks = parse_pattern(pattern)
+        names = {grouping.name for groupings in blocks for grouping in groupings}
+        fits = time_positions not in ("stream", "attention") or "temporal" in names
+        require(fits, "time_positions", time_positions, f"'input' or None, since pattern {pattern!r} has no t")
+        for name in cross_attention or ():
+            require(
+                name in names, "cross_attention", name, f"groupings of pattern {pattern!r}: {', '.join(sorted(names))}"
+            )
+
         conditioning = in_channels + mask_channels if mask_channels else 0
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patch_embed = nn.Linear((in_channels + conditioning) * math.prod(patch_size), dim)
-        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.time_embed = TimestepEmbedding(256, dim)
-        self.time_modulation = nn.Linear(dim, 6 * dim)
-        self.text_embed = PixArtAlphaTextProjection(text_dim, dim)
-        self.transformer_blocks = nn.ModuleList(
-            STGenTransformerBlock(dim, num_attention_heads, pattern[i % len(pattern)], mlp_ratio)
-            for i in range(num_layers)
-        )
-        self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.scale_shift_table = nn.Parameter(torch.zeros(2, dim))
-        self.proj_out = nn.Linear(dim, in_channels * math.prod(patch_size))
+        self.time_embed = ScalarEmbedding(dim)
+        self.size_embed = SizeEmbedding(dim, size_conditioning) if size_conditioning else None
+        self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes is not None else None
+        self.time_modulation = nn.Linear(dim, 6 * dim) if modulation == "single" else None
+        self.temporal_modulation = nn.Linear(dim, 3 * dim) if size_conditioning == "size" else None
+        self.text_embed = PixArtAlphaTextProjection(text_dim, dim) if text_dim is not None else None
+        learned = null_text == "learned" and text_dim is not None
+        self.null_text = nn.Parameter(torch.randn(text_tokens, text_dim) * text_dim**-0.5) if learned else None
+
+        self.transformer_blocks = nn.ModuleList()
+        placed = time_positions not in ("stream", "attention")
+        for i in range(num_layers):
+            groupings = blocks[i % len(blocks)]
+            mine = {grouping.name for grouping in groupings}
+            here = not placed and "temporal" in mine
+            placed = placed or here
+            block = STGenTransformerBlock(
+                dim,
+                num_attention_heads,
+                groupings,
+                modulation=modulation,
+                temporal=temporal_modulation,
+                time_positions=time_positions if here else None,
+                rope=rope,
+                qk_norm=qk_norm,
+                cross=text_dim is not None and (cross_attention is None or not mine.isdisjoint(cross_attention)),
+                cross_norm=cross_norm,
+                mlp=mlp,
+                mlp_ratio=mlp_ratio,
+            )
+            self.transformer_blocks.append(block)
+
+        self.scale_shift_table = nn.Parameter(torch.zeros(2, dim)) if modulation == "single" else None
+        self.out_modulation = nn.Linear(dim, 2 * dim) if modulation == "full" else None
+        self.proj_out = nn.Linear(dim, self.out_channels * math.prod(patch_size))
         self.gradient_checkpointing = False
         self._initialize()
 
     def _initialize(self) -> None:
         """Every block begins as the identity and the model as zero (AdaLN-zero, Peebles & Xie 2022)."""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                # Query, key and value are drawn like three square matrices.
+                gain = (sum(module.weight.shape) / (2 * module.in_features)) ** 0.5 if name.endswith("kv") else 1.0
+                nn.init.xavier_uniform_(module.weight, gain)
                 nn.init.zeros_(module.bias)
-        zero = [self.time_modulation, self.proj_out, *(block.cross_attn.to_out[0] for block in self.transformer_blocks)]
+        zero = [self.proj_out, self.time_modulation, self.temporal_modulation, self.out_modulation]
+        for block in self.transformer_blocks:
+            zero += [block.modulation, block.cross_attn.to_out[0] if block.cross_attn is not None else None]
+            pairs = zip(block.names, block.kinds, strict=True)
+            zero += [getattr(block, name).to_out[0] for name, kind in pairs if kind == "affine"]
         for linear in zero:
-            nn.init.zeros_(linear.weight)
+            if linear is not None:
+                nn.init.zeros_(linear.weight)
 
-    def _patch(self, x: Tensor) -> Tensor:
-        """`b c t h w -> b t (h w) (c pt ph pw)`, padded at the end to whole patches by repeating the border."""
+    def set_attention_backend(self, backend: str) -> None:
+        """As diffusers' method of this name, after running the backend once on this device and dtype.
+
+        Raises:
+            ValueError: it cannot run here, or takes no mask where the pattern or `isolate_given` needs one.
+        """
+        blocks = parse_pattern(self.config.pattern)
+        masked = self.config.isolate_given or any(not isinstance(g, Axes) for groupings in blocks for g in groupings)
+        heads, head = self.config.num_attention_heads, self.config.attention_head_dim
+        probe_backend(backend, heads, head, masked, self.device, self.dtype)
+        super().set_attention_backend(backend)
+
+    # --- Inputs ---------------------------------------------------------------------------------------------------
+
+    def _patch(self, x: Tensor, padding: float = 0.0) -> Tensor:
+        """`b c t h w -> b t h w (c pt ph pw)`, padded at the end to whole patches."""
         pt, ph, pw = self.config.patch_size
         t, h, w = x.shape[2:]
         if t % pt or h % ph or w % pw:
-            x = F.pad(x, (0, -w % pw, 0, -h % ph, 0, -t % pt), mode="replicate")
-        return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+            x = F.pad(x, (0, -w % pw, 0, -h % ph, 0, -t % pt), value=padding)
+        return rearrange(x, "b c (t pt) (h ph) (w pw) -> b t h w (c pt ph pw)", pt=pt, ph=ph, pw=pw)
 
     @staticmethod
     def insert_given(latents: Tensor, condition_latents: Tensor, condition_mask: Tensor) -> Tensor:
         """Puts the clean latents of the given cells in place of whatever `latents` `b c t h w` hold there."""
         return torch.where(generated_cells(condition_mask), latents, condition_latents)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_attention_mask: Tensor | None = None,
-        condition_latents: Tensor | None = None,
-        condition_mask: Tensor | None = None,
-        return_dict: bool = True,
-    ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Predicts the velocity of the generated cells.
-
-        Args:
-            hidden_states: noisy latents `b c t h w`. Given cells may hold anything: the model sees
-                `condition_latents` there.
-            timestep: `b`, in [0, 1000], of the generated cells.
-            encoder_hidden_states: text states `b n text_dim`.
-            encoder_attention_mask: bool `b n`, true for real text tokens; None means all.
-            condition_latents: latents of the masked video, `b c t h w`; None means that nothing is given.
-            condition_mask: folded mask `b p t h w` in [0, 1], 0 = given; together with `condition_latents`.
-
-        Returns:
-            velocity `b c t h w`; its values at given cells have no meaning.
-
-        Raises:
-            ValueError: only one of the two conditions is passed, or a shape does not fit.
-        """
-        b, c, t, h, w = hidden_states.shape
-        require(
-            c == self.config.in_channels, "hidden_states.shape", (b, c, t, h, w), f"{self.config.in_channels} channels"
-        )
-        both = (condition_latents is None) == (condition_mask is None)
-        require(both, "condition_mask", condition_mask, "given exactly when condition_latents is")
-        p = self.config.mask_channels
-
-        given = None
+    def _tokens(
+        self, hidden_states: Tensor, condition_latents: Tensor | None, condition_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embedded tokens `b t h w d`, and which are given, bool `b t h w`."""
+        b, _, t, h, w = hidden_states.shape
+        p, given = self.config.mask_channels, None
         if condition_latents is not None and condition_mask is not None:
             fits = condition_latents.shape == hidden_states.shape
             require(fits, "condition_latents.shape", tuple(condition_latents.shape), f"{tuple(hidden_states.shape)}")
@@ -341,38 +420,241 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         elif p:
             condition_latents = torch.zeros_like(hidden_states)
             condition_mask = hidden_states.new_ones(b, p, t, h, w)
-        if p:
-            hidden_states = torch.cat([hidden_states, condition_latents, condition_mask.to(hidden_states.dtype)], dim=1)
-
         x = self._patch(hidden_states)
+        if p:
+            # Cells of padding are hidden ones. The channels stand behind those of the latents: c, c, p.
+            pair = [self._patch(condition_latents), self._patch(condition_mask.to(x.dtype), 1.0)]
+            x = torch.cat([x, *pair], dim=-1)
+        return self.patch_embed(x), given
+
+    def _positions(self, x: Tensor, height: Tensor | None, width: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Absolute positions in space `h w d` and in time `t 1 1 d`."""
+        _, t, h, w, d = x.shape
+        steps = (1 / self.config.space_scale, 1 / self.config.space_scale)
+        if self.config.position_resolution is not None:
+            sizes = [("height", height), ("width", width)]
+            for name, value in sizes:
+                require(value is not None, name, None, "pixels of the clips, since positions scale with them")
+            steps = resolution_step(h, w, float(height[0]), float(width[0]), self.config.position_resolution)
+        space = space_positions(h, w, d, *steps, x.device)
+        time = sincos(torch.arange(t, device=x.device) / self.config.time_scale, d)
+        return space.to(x.dtype), time.to(x.dtype)[:, None, None]
+
+    def _conditioning(
+        self,
+        timestep: Tensor,
+        given: Tensor | None,
+        class_labels: Tensor | None,
+        sizes: dict[str, Tensor | None],
+        time_positions: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Conditioning, Tensor]:
+        """What modulates the blocks, and what modulates the output, `b 1|2 2 d`."""
+        times = timestep.float()[:, None]
+        if given is not None:
+            times = torch.cat([times, torch.zeros_like(times)], dim=1)
+        b, k = times.shape
+        emb = self.time_embed(times.flatten()).to(dtype).view(b, k, -1)
+        if self.class_embed is not None:
+            null = torch.full((b,), self.config.num_classes, device=times.device)
+            emb = emb + self.class_embed(null if class_labels is None else class_labels)[:, None]
+        space = time = emb
+        if self.size_embed is not None:
+            extra_space, extra_time = (x.to(dtype)[:, None] for x in self.size_embed(sizes))
+            space, time = emb + extra_space, emb + extra_time
+            if self.config.size_conditioning == "fps":
+                emb = space
+        if given is not None:
+            given = given[..., None]
+            # Whole frames are the common case, in which modulations are per frame and not per token. On an accelerator
+            # the question would cost a synchronisation, and in a compiled graph a break.
+            if given.device.type == "cpu" and not torch.compiler.is_compiling():
+                frames = given[:, :, :1, :1]
+                given = frames if bool((given == frames).all()) else given
+        if self.out_modulation is not None:
+            blocks = Conditioning(given, time_positions, embedding=F.silu(space))
+            return blocks, self.out_modulation(F.silu(emb)).unflatten(-1, (2, -1))
+        attention, mlp = self.time_modulation(F.silu(space)).unflatten(-1, (6, -1)).chunk(2, dim=2)
+        temporal = attention
+        if self.temporal_modulation is not None:
+            temporal = self.temporal_modulation(F.silu(time)).unflatten(-1, (3, -1))
+        blocks = Conditioning(given, time_positions, attention=attention, temporal=temporal, mlp=mlp)
+        return blocks, emb[:, :, None] + self.scale_shift_table.to(dtype)
+
+    def _text(
+        self, states: Tensor | None, mask: Tensor | None, drop: Tensor | None, b: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Projected text `b n d` and its mask bool `b n`."""
+        if self.text_embed is None:
+            return None, None
+        require(states is not None, "encoder_hidden_states", None, "text states `b n text_dim`")
+        if mask is not None and mask.ndim == 1:
+            # Packed: the tokens of all clips follow each other, and the mask says how many each has.
+            fits = states.shape[0] == 1 and len(mask) == b and int(mask.sum()) == states.shape[1]
+            require(fits, "encoder_attention_mask", mask.tolist(), f"{b} lengths that add up to {states.shape[1]}")
+            rows = states[0].split(mask.tolist())
+            states = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            mask = torch.arange(states.shape[1], device=mask.device) < mask[:, None]
+        if drop is not None:
+            null = torch.zeros_like(states[:1])
+            if self.null_text is not None:
+                n, longest = states.shape[1], len(self.null_text)
+                require(
+                    n <= longest, "encoder_hidden_states", f"{n} tokens", f"at most {longest}, those of the null text"
+                )
+                null = self.null_text[None, :n].to(states.dtype)
+            states = torch.where(drop[:, None, None], null, states)
+        return self.text_embed(states), None if mask is None else mask.bool()
+
+    # --- Forward --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        condition_latents: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        drop_text: Tensor | None = None,
+        fps: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        given_cache: GivenCache | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicts the velocity, or what the objective asks for, of the generated cells.
+
+        Args:
+            hidden_states: noisy latents `b c t h w`. Given cells may hold anything: the model sees
+                `condition_latents` there.
+            timestep: `b`, in [0, 1000], of the generated cells.
+            encoder_hidden_states: text states `b n text_dim`; or packed, `1 sum(n) text_dim`.
+            encoder_attention_mask: bool `b n`, true for real text tokens, None means all; for packed states the lengths,
+                integers `b`.
+            condition_latents: latents of the masked video, `b c t h w`; None means that nothing is given.
+            condition_mask: folded mask `b p t h w` in [0, 1], 0 = given; together with `condition_latents`.
+            class_labels: integers `b` in [0, num_classes]; None means the class that says nothing.
+            drop_text: bool `b`, clips whose text is replaced by the null text (`null_text` `learned` or `zero`).
+            fps, num_frames, height, width: `b` numbers, frames/s, frames and pixels, where the configuration asks for
+                them. Positions scale with the first clip's height and width, as in Open-Sora.
+            given_cache: kept over the steps of one clip when `isolate_given`.
+
+        Returns:
+            prediction `b c t h w` (`b 2c t h w` with `learn_sigma`); its values at given cells have no meaning.
+
+        Raises:
+            ValueError: only one of the two conditions is passed, a shape does not fit, or something is missing.
+        """
+        b, c, t, h, w = hidden_states.shape
+        shape = (b, c, t, h, w)
+        require(c == self.config.in_channels, "hidden_states.shape", shape, f"{self.config.in_channels} channels")
+        both = (condition_latents is None) == (condition_mask is None)
+        require(both, "condition_mask", condition_mask, "given exactly when condition_latents is")
+        caching = given_cache is not None
+        require(not caching or self.config.isolate_given, "given_cache", given_cache, "only with isolate_given")
+        fits = not caching or not self.is_cache_enabled
+        require(fits, "given_cache", given_cache, "None while another cache is enabled")
+
+        x, given = self._tokens(hidden_states, condition_latents, condition_mask)
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        space, time = self._positions(x, height, width)
+        x = x + space
+        if self.config.time_positions == "input":
+            x = x + time
+        rotary = None
+        if self.config.rope is not None:
+            rotary = rotary_embedding(grid, self.config.attention_head_dim, self.config.rope, x.device)
+        sizes = {"fps": fps, "num_frames": num_frames, "height": height, "width": width}
+        conditioning, out_rows = self._conditioning(timestep, given, class_labels, sizes, time, x.dtype)
+        text, text_mask = self._text(encoder_hidden_states, encoder_attention_mask, drop_text, b)
+
+        isolated = given if self.config.isolate_given else None
+        if given_cache is not None and isolated is not None:
+            x = self._blocks_with_cache(x, text, text_mask, conditioning, rotary, isolated, given_cache)
+        else:
+            x = self._blocks(x, text, text_mask, conditioning, rotary, self._masks(grid, b, isolated, x.device))
+
+        shift, scale = conditioning.per_token(out_rows)
+        x = self.proj_out(adaptive_norm(x, shift, scale))
         pt, ph, pw = self.config.patch_size
-        frames, rows, columns = x.shape[1], -(-h // ph), -(-w // pw)
-        heads, head = self.config.num_attention_heads, self.config.attention_head_dim
-        x = self.patch_embed(x)
-        x = x + position_embedding(frames, rows, columns, heads * head, x.device).to(x.dtype)
-        rotary = rotary_embedding(frames, rows, columns, head, x.device)
+        x = rearrange(x, "b t h w (c pt ph pw) -> b c (t pt) (h ph) (w pw)", pt=pt, ph=ph, pw=pw)[:, :, :t, :h, :w]
+        return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
-        # The frequencies are computed in fp32 whatever the weights' dtype; t = 0 is embedded once for given tokens.
-        times = torch.stack([timestep.float(), torch.zeros_like(timestep, dtype=torch.float32)], dim=1)
-        emb = self.time_embed(self.time_proj(times.flatten()).to(self.time_embed.linear_1.weight.dtype))
-        emb = emb.to(x.dtype).view(b, 2, -1)
-        per_block = self.time_modulation(F.silu(emb)).unflatten(-1, (6, -1))
-        modulation = TokenModulation(per_block[:, 0], per_block[:, 1], given)
+    def _masks(
+        self, grid: tuple[int, int, int], b: int, given: Tensor | None, device: torch.device
+    ) -> dict[Grouping, Tensor | None]:
+        groupings = {grouping for groupings in parse_pattern(self.config.pattern) for grouping in groupings}
+        heads = self.config.num_attention_heads
+        return {grouping: group_mask(grouping, grid, b, heads, given, device) for grouping in groupings}
 
-        text = self.text_embed(encoder_hidden_states)
-        text_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None, :]
-
+    def _blocks(
+        self,
+        x: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        conditioning: Conditioning,
+        rotary: Tensor | None,
+        masks: dict[Grouping, Tensor | None],
+        cache: GivenCache | None = None,
+    ) -> Tensor:
         for block in self.transformer_blocks:
-            arguments = (x, text, modulation, rotary, text_mask)
+            arguments = (x, text, conditioning, rotary, text_mask, masks, cache)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, *arguments)
             else:
                 x = block(*arguments)
+        return x
 
-        final = TokenModulation(emb[:, :1].expand(-1, 2, -1), emb[:, 1:].expand(-1, 2, -1), given)
-        shift, scale = final.for_tokens(self.scale_shift_table)
-        x = self.proj_out(modulate(self.norm_out(x), shift, scale))
-        x = rearrange(x, "b t (h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", h=rows, w=columns, pt=pt, ph=ph, pw=pw)[
-            :, :, :t, :h, :w
-        ]
-        return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+    def _blocks_with_cache(
+        self,
+        x: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        conditioning: Conditioning,
+        rotary: Tensor | None,
+        given: Tensor,
+        cache: GivenCache,
+    ) -> Tensor:
+        """The blocks over the generated frames alone, after one pass over the given ones that fills the cache.
+
+        The result has zeros in the given frames.
+        """
+        b, frames, h, w, _ = x.shape
+        if cache.frames is None:
+            whole = given[:1, :, :1, :1]
+            some = 0 < int(whole.sum()) < frames
+            if not some or not bool((given == whole).all()):  # not the same whole frames in every clip
+                masks = self._masks((frames, h, w), b, given, x.device)
+                return self._blocks(x, text, text_mask, conditioning, rotary, masks)
+            cache.frames = (whole.flatten().nonzero()[:, 0], (~whole).flatten().nonzero()[:, 0])
+            cache.filling = True
+            self._blocks_over(cache.frames[0], x, text, text_mask, conditioning, rotary, given, cache)
+            cache.filling = False
+        generated = cache.frames[1]
+        y = self._blocks_over(generated, x, text, text_mask, conditioning, rotary, None, cache)
+        return torch.zeros_like(x).index_copy(1, generated, y)
+
+    def _blocks_over(
+        self,
+        frames: Tensor,
+        x: Tensor,
+        text: Tensor | None,
+        text_mask: Tensor | None,
+        conditioning: Conditioning,
+        rotary: Tensor | None,
+        given: Tensor | None,
+        cache: GivenCache,
+    ) -> Tensor:
+        """The blocks over some frames; windows and skips see all places, `given` ones apart from the others."""
+        masks = self._masks((x.shape[1], x.shape[2], x.shape[3]), x.shape[0], given, x.device)
+        masks = {grouping: None if isinstance(grouping, Axes) else mask for grouping, mask in masks.items()}
+        some = replace(
+            conditioning,
+            given=None if given is None or conditioning.given is None else conditioning.given[:, frames],
+            time_positions=conditioning.time_positions[frames],
+        )
+        rotary = None if rotary is None else rotary[frames]
+        return self._blocks(x[:, frames], text, text_mask, some, rotary, masks, cache)
