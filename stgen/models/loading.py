@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+
 from stgen.config import require
 
 
@@ -16,7 +18,26 @@ class SafetensorsOnly:
             ValueError: `use_safetensors=False` is asked for.
             OSError: the folder holds no safetensors.
         """
-        asked = arguments.pop("use_safetensors", None)
-        require(asked is not False, "use_safetensors", asked, "True: nothing is unpickled")
         parent: Any = super()
-        return parent.from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **arguments)
+        return parent.from_pretrained(pretrained_model_name_or_path, **_safetensors(arguments))
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **arguments: Any) -> None:
+        """As diffusers' method of this name, from a tensor dict, a file or a folder that `save_lora_adapter` wrote."""
+        parent: Any = super()
+        parent.load_lora_adapter(pretrained_model_name_or_path_or_dict, **_named_weights(arguments))
+
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, *names: str, **arguments: Any) -> None:
+        """As diffusers' method of this name, from a tensor dict, a file or a folder that `save_lora_weights` wrote."""
+        parent: Any = super()
+        parent.load_lora_weights(pretrained_model_name_or_path_or_dict, *names, **_named_weights(arguments))
+
+
+def _safetensors(arguments: dict[str, Any]) -> dict[str, Any]:
+    asked = arguments.pop("use_safetensors", None)
+    require(asked is not False, "use_safetensors", asked, "True: nothing is unpickled")
+    return {**arguments, "use_safetensors": True}
+
+
+def _named_weights(arguments: dict[str, Any]) -> dict[str, Any]:
+    # Without a name diffusers asks the hub for one, and offline it falls back to a pickle.
+    return {"weight_name": LORA_WEIGHT_NAME_SAFE, **_safetensors(arguments)}

@@ -175,7 +175,7 @@ class STGenTransformerBlock(nn.Module):
             attn: STGenAttention = getattr(self, name)
             grouping = attn.grouping
             first = self.time_positions if grouping.name == "temporal" else None
-            if first == "stream":
+            if first == "stream" and x.shape[1] > 1:  # a single image has no place in time, as in Latte
                 x = x + conditioning.time_positions
             if kind == "adaptive":
                 y = adaptive_norm(x, next(row), next(row))
@@ -225,6 +225,7 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         space_scale, time_scale: positions are divided by these.
         position_resolution: pixels of a side at which the step of the 2D positions is 1 and with which it scales
             (Open-Sora 1.1 and 1.2); None leaves the step alone.
+        position_grid: tokens of a side to which the 2D positions are stretched (PixArt-alpha, Latte's text-to-video).
         size_conditioning: what else modulates: `fps` (Open-Sora 1.2), `size` (1.1: height, width, aspect ratio, frames
             and fps), or None.
         num_classes: class labels; one more class, the last, says nothing. None for none.
@@ -269,6 +270,7 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         space_scale: float = 1.0,
         time_scale: float = 1.0,
         position_resolution: int | None = None,
+        position_grid: int | None = None,
         size_conditioning: str | None = None,
         num_classes: int | None = None,
         text_dim: int | None = 384,
@@ -305,6 +307,8 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         require(fits, "size_conditioning", size_conditioning, "'fps' or None with full modulation")
         fits = null_text != "learned" or text_tokens is not None
         require(fits, "text_tokens", text_tokens, "a number of tokens, since null_text is 'learned'")
+        fits = sum(option is not None for option in (position_resolution, position_grid)) + (space_scale != 1) <= 1
+        require(fits, "position_grid", position_grid, "at most one of position_resolution, position_grid, space_scale")
         blocks = parse_pattern(pattern)
         names = {grouping.name for groupings in blocks for grouping in groupings}
         fits = time_positions not in ("stream", "attention") or "temporal" in names
@@ -321,10 +325,12 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         self.size_embed = SizeEmbedding(dim, size_conditioning) if size_conditioning else None
         self.class_embed = nn.Embedding(num_classes + 1, dim) if num_classes is not None else None
         self.time_modulation = nn.Linear(dim, 6 * dim) if modulation == "single" else None
-        self.temporal_modulation = nn.Linear(dim, 3 * dim) if size_conditioning == "size" else None
+        self.time_modulation_temporal = nn.Linear(dim, 3 * dim) if size_conditioning == "size" else None
         self.text_embed = PixArtAlphaTextProjection(text_dim, dim) if text_dim is not None else None
         learned = null_text == "learned" and text_dim is not None
-        self.null_text = nn.Parameter(torch.randn(text_tokens, text_dim) * text_dim**-0.5) if learned else None
+        self.null_text_embedding = (
+            nn.Parameter(torch.randn(text_tokens, text_dim) * text_dim**-0.5) if learned else None
+        )
 
         self.transformer_blocks = nn.ModuleList()
         placed = time_positions not in ("stream", "attention")
@@ -363,7 +369,7 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
                 gain = (sum(module.weight.shape) / (2 * module.in_features)) ** 0.5 if name.endswith("kv") else 1.0
                 nn.init.xavier_uniform_(module.weight, gain)
                 nn.init.zeros_(module.bias)
-        zero = [self.proj_out, self.time_modulation, self.temporal_modulation, self.out_modulation]
+        zero = [self.proj_out, self.time_modulation, self.time_modulation_temporal, self.out_modulation]
         for block in self.transformer_blocks:
             zero += [block.modulation, block.cross_attn.to_out[0] if block.cross_attn is not None else None]
             pairs = zip(block.names, block.kinds, strict=True)
@@ -436,6 +442,8 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
             for name, value in sizes:
                 require(value is not None, name, None, "pixels of the clips, since positions scale with them")
             steps = resolution_step(h, w, float(height[0]), float(width[0]), self.config.position_resolution)
+        if self.config.position_grid is not None:
+            steps = (self.config.position_grid / h, self.config.position_grid / w)
         space = space_positions(h, w, d, *steps, x.device)
         time = sincos(torch.arange(t, device=x.device) / self.config.time_scale, d)
         return space.to(x.dtype), time.to(x.dtype)[:, None, None]
@@ -474,10 +482,12 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         if self.out_modulation is not None:
             blocks = Conditioning(given, time_positions, embedding=F.silu(space))
             return blocks, self.out_modulation(F.silu(emb)).unflatten(-1, (2, -1))
+        assert self.time_modulation is not None
+        assert self.scale_shift_table is not None
         attention, mlp = self.time_modulation(F.silu(space)).unflatten(-1, (6, -1)).chunk(2, dim=2)
         temporal = attention
-        if self.temporal_modulation is not None:
-            temporal = self.temporal_modulation(F.silu(time)).unflatten(-1, (3, -1))
+        if self.time_modulation_temporal is not None:
+            temporal = self.time_modulation_temporal(F.silu(time)).unflatten(-1, (3, -1))
         blocks = Conditioning(given, time_positions, attention=attention, temporal=temporal, mlp=mlp)
         return blocks, emb[:, :, None] + self.scale_shift_table.to(dtype)
 
@@ -497,12 +507,12 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
             mask = torch.arange(states.shape[1], device=mask.device) < mask[:, None]
         if drop is not None:
             null = torch.zeros_like(states[:1])
-            if self.null_text is not None:
-                n, longest = states.shape[1], len(self.null_text)
+            if self.null_text_embedding is not None:
+                n, longest = states.shape[1], len(self.null_text_embedding)
                 require(
                     n <= longest, "encoder_hidden_states", f"{n} tokens", f"at most {longest}, those of the null text"
                 )
-                null = self.null_text[None, :n].to(states.dtype)
+                null = self.null_text_embedding[None, :n].to(states.dtype)
             states = torch.where(drop[:, None, None], null, states)
         return self.text_embed(states), None if mask is None else mask.bool()
 
