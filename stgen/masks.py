@@ -439,7 +439,8 @@ PRESETS: dict[str, list[MaskSpec]] = {
 al. 2023, arXiv:2305.13311). Ours differ on purpose in three things. The originals count latent frames, these count
 pixel frames: the same for the per-frame VAEs of Open-Sora 1.0, 1.1 and VDT, not for Open-Sora 1.2, whose VAE compresses
 time by four. A short clip is no special case: Open-Sora's quarter of a clip needs four latent frames, and VDT's blocks
-hide nothing in one of four draws. And each sample draws its own mask, where VDT draws one for a batch.
+hide nothing in one of four draws. And each sample draws its own mask, where VDT draws one for a batch. The 1 to 4 frames
+of Open-Sora 1.0 are written as the quarter of its 16 that they are.
 """
 
 MASKS.update({name: partial(draw_mixture, specs) for name, specs in PRESETS.items()})
