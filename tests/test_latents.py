@@ -151,7 +151,7 @@ def test_a_latent_stands_for_the_frames_that_the_mask_folds_into_it(name: str, t
     p, _ = compression_ratios(vae)
     for module in vae.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            # The one thing in CogVideoX and Hunyuan that looks ahead in time, and by little.
+            # The one thing in CogVideoX and Hunyuan that looks ahead in time.
             module.forward = lambda x: x
     video = clip(t)
     latents = encode(vae, video)

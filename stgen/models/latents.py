@@ -184,7 +184,7 @@ def _decode_ltx(vae: AutoencoderKLLTXVideo, z: Tensor) -> Tensor:
     """Since LTX-Video 0.9.1 the decoder is itself a denoiser: told the time 0 it takes the latents for clean ones,
     diffusers' default. It may also add noise, one picture for the whole batch, from the global generator."""
     decoded = []
-    # Sliced here: diffusers 0.42 hands the time of one video to the decoding of another.
+    # Sliced here: diffusers 0.42 takes the second video for the time of the first one, and fails.
     for some in z.split(1 if vae.use_slicing else len(z)):
         time = some.new_zeros(len(some)) if vae.config.timestep_conditioning else None
         with torch.random.fork_rng([z.device] if z.is_cuda else []):
