@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stgen.config import require
 from stgen.masks import fold_mask, hide, keep_given
-from stgen.models.autoencoder import AutoencoderKLSTGen
+from stgen.models.latents import VideoVAE, compression_ratios, decode, encode, latent_shape, require_vae
 from stgen.models.loading import SafetensorsOnly
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.pipelines.pipeline_output import STGenPipelineOutput
@@ -38,7 +38,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
 
     Args:
         tokenizer, text_encoder: any transformers text encoder; its per-token states condition the transformer.
-        vae: the causal video VAE.
+        vae: ours, or any of diffusers' that `stgen.models.latents.VideoVAE` lists.
         transformer: predicts the velocity of the generated cells.
         scheduler: any flow-matching scheduler of diffusers.
     """
@@ -50,11 +50,13 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         self,
         tokenizer: PreTrainedTokenizerBase,
         text_encoder: PreTrainedModel,
-        vae: AutoencoderKLSTGen,
+        vae: VideoVAE,
         transformer: STGenTransformer3DModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
     ) -> None:
         super().__init__()
+        if vae is not None:  # diffusers builds pipelines without one, to encode prompts alone
+            require_vae(vae)
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
@@ -223,7 +225,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         latents: Tensor | None = None,
     ) -> Tensor:
         """Noise `b z t' h' w'`, or the given latents after a check of their shape."""
-        shape = (batch_size, *self.vae.latent_shape(num_frames, height, width))
+        shape = (batch_size, *latent_shape(self.vae, num_frames, height, width))
         if latents is None:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         require(tuple(latents.shape) == shape, "latents.shape", tuple(latents.shape), f"{shape}")
@@ -319,12 +321,11 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
             pixel_mask = self.prepare_mask(mask, pixels.shape, b)
             pixels = self._repeat(pixels, b, "video")
             num_frames, height, width = pixels.shape[2:]
-            masked = hide(pixels, pixel_mask).to(self.vae.dtype)
+            masked = hide(pixels, pixel_mask)
             in_range = bool((masked.abs() <= 1 + 1e-3).all())  # false for NaN too
             require(in_range, "video", "given pixels outside", "images, or arrays and tensors of floats in [0, 1]")
-            condition_latents = self.vae.normalize_latents(self.vae.encode(masked).latent_dist.mode().float())
-            factors = (self.vae.temporal_compression_ratio, self.vae.spatial_compression_ratio)
-            condition_mask = fold_mask(pixel_mask, *factors)
+            condition_latents: Tensor | None = encode(self.vae, masked)
+            condition_mask = fold_mask(pixel_mask, *compression_ratios(self.vae))
         else:
             num_frames = num_frames or self.transformer.config.sample_frames
             height = height or self.transformer.config.sample_height
@@ -387,8 +388,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         if output_type == "latent":
             frames: Any = latents
         else:
-            z = self.vae.denormalize_latents(latents).to(self.vae.dtype)
-            decoded = self.vae.decode(z, sample_size=(num_frames, height, width)).sample.float()
+            decoded = decode(self.vae, latents, (num_frames, height, width))
             if video is not None:
                 decoded = keep_given(decoded, pixels, pixel_mask)
             frames = self.video_processor.postprocess_video(decoded, output_type=output_type)

@@ -24,6 +24,7 @@ from stgen.data.reading import ClipDataset, DataConfig, fold_seed
 from stgen.data.shards import read_index
 from stgen.generation import saved_pipeline
 from stgen.masks import Shape, interpolate, keep_given, moving_box, predict
+from stgen.models.latents import decode, encode
 from stgen.pipelines import STGenPipeline
 from stgen.video import contact_sheet, difference, write_gif, write_video
 
@@ -174,7 +175,8 @@ def reconstruct(pipeline: STGenPipeline, clips: Clips, hidden: Mask) -> Clips:
     rows = []
     for clip, mask in zip(clips, hidden, strict=True):
         video = torch.from_numpy(clip).permute(3, 0, 1, 2)[None] * 2 - 1
-        decoded = pipeline.vae(video.to(pipeline.vae.device)).sample.cpu().clamp(-1, 1)
+        latents = encode(pipeline.vae, video.to(pipeline.vae.device))
+        decoded = decode(pipeline.vae, latents, tuple(video.shape[2:])).cpu().clamp(-1, 1)
         rows.append(keep_given(decoded, video, torch.from_numpy(mask)[None, None])[0].permute(1, 2, 3, 0) / 2 + 0.5)
     return torch.stack(rows).numpy()
 

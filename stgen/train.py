@@ -20,7 +20,7 @@ from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.flow import interpolant, masked_mse, sample_time, velocity
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, fold_mask, generated_cells, hide
-from stgen.models.autoencoder import AutoencoderKLSTGen
+from stgen.models.latents import VideoVAE, compression_ratios, encode, latent_channels, load_vae
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.pipelines import STGenPipeline
 from stgen.text import TextCache, load_text_encoder
@@ -47,7 +47,7 @@ class TrainConfig(LoopConfig):
     """A transformer training run."""
 
     vae: str = "???"
-    """Folder of a trained AutoencoderKLSTGen."""
+    """Folder of a trained VAE: an AutoencoderKLSTGen or another of `stgen.models.latents.VideoVAE`."""
     text_encoder: str = "all-MiniLM-L6-v2"
     """A transformers text encoder, by folder or name; its per-token states condition the model. At scale: a T5."""
     max_text_length: int = 128
@@ -71,13 +71,13 @@ class TrainConfig(LoopConfig):
         require_arguments(STGenTransformer3DModel, self.model, "model", excluded=derived)
 
 
-def make_model(config: TrainConfig, vae: AutoencoderKLSTGen, text_dim: int) -> STGenTransformer3DModel:
+def make_model(config: TrainConfig, vae: VideoVAE, text_dim: int) -> STGenTransformer3DModel:
     """The transformer that fits this VAE, text encoder and data, with weights drawn from `config.seed`."""
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a generator of its own
     return STGenTransformer3DModel(
-        in_channels=vae.config.latent_channels,
+        in_channels=latent_channels(vae),
         text_dim=text_dim,
-        mask_channels=vae.temporal_compression_ratio,
+        mask_channels=compression_ratios(vae)[0],
         sample_frames=config.data.num_frames,
         sample_height=config.data.height,
         sample_width=config.data.width,
@@ -87,7 +87,7 @@ def make_model(config: TrainConfig, vae: AutoencoderKLSTGen, text_dim: int) -> S
 
 @torch.no_grad()
 def model_inputs(
-    batch: dict[str, Any], config: TrainConfig, vae: AutoencoderKLSTGen, text: TextCache, device: torch.device
+    batch: dict[str, Any], config: TrainConfig, vae: VideoVAE, text: TextCache, device: torch.device
 ) -> dict[str, Tensor]:
     """Everything the loss needs, from a batch of clips; every draw is a function of (seed, position) alone.
 
@@ -111,8 +111,7 @@ def model_inputs(
 
     video, mask = video.to(device), mask.to(device)
     some_given = (mask == 0).flatten(1).any(1)
-    both = torch.cat([video, hide(video, mask)[some_given]]).to(vae.dtype)
-    encoded = vae.normalize_latents(vae.encode(both).latent_dist.mode().float())
+    encoded = encode(vae, torch.cat([video, hide(video, mask)[some_given]]))
     latents, condition = encoded[: len(video)], torch.zeros_like(encoded[: len(video)])
     condition[some_given] = encoded[len(video) :]
     noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in seeds])
@@ -121,7 +120,7 @@ def model_inputs(
         "noise": noise.to(device),
         "time": torch.cat(times).to(device),
         "condition_latents": condition,
-        "condition_mask": fold_mask(mask, vae.temporal_compression_ratio, vae.spatial_compression_ratio),
+        "condition_mask": fold_mask(mask, *compression_ratios(vae)),
         "text": states.to(device),
         "text_mask": text_mask.to(device),
     }
@@ -143,7 +142,7 @@ def flow_loss(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return masked_mse(prediction, target, generated_cells(inputs["condition_mask"]))
 
 
-def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, vae: AutoencoderKLSTGen) -> Path:
+def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, vae: VideoVAE) -> Path:
     """Writes `run/export`, a diffusers folder with the averaged weights, and the last ones as variant `raw`."""
     folder = Path(config.run) / "export"
     model.save_pretrained(folder / "transformer", variant="raw")
@@ -167,9 +166,7 @@ def train(config: TrainConfig) -> None:
     run = Path(config.run)
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     dataset = ClipDataset(config.data, config.seed)
-    saved = (Path(config.vae) / "config.json").is_file()
-    require(saved, "vae", config.vae, "a folder with a config.json, such as the export/ of train_vae.py's run")
-    vae = AutoencoderKLSTGen.from_pretrained(config.vae).eval().requires_grad_(False).to(accelerator.device)
+    vae = load_vae(config.vae).requires_grad_(False).to(accelerator.device)
     cache = run / "cache" / "text.safetensors"
     if accelerator.is_main_process:
         begin_run(config)

@@ -19,6 +19,7 @@ from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
+from stgen.models.latents import latent_shape
 
 RECONSTRUCTION = {"l1": F.l1_loss, "mse": F.mse_loss}
 
@@ -90,7 +91,7 @@ def prepare_batch(batch: dict[str, Any], config: TrainVAEConfig, vae: Autoencode
         if torch.rand((), generator=generator) < config.masked_fraction:
             clip = hide(clip, draw_mixture(config.masks, shape, generator))
         clips.append(clip)
-        noises.append(torch.randn(vae.latent_shape(*shape), generator=generator))
+        noises.append(torch.randn(latent_shape(vae, *shape), generator=generator))
     return torch.stack(clips), torch.stack(noises)
 
 

@@ -16,6 +16,7 @@ from stgen import (
     STGenTransformer3DModel,
 )
 from stgen.masks import moving_box
+from stgen.models.latents import latent_shape
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -110,7 +111,7 @@ def test_batches_are_what_singles_are(tiny_pipeline: STGenPipeline) -> None:
 
 def test_latents_embeddings_and_callback_are_used(tiny_pipeline: STGenPipeline) -> None:
     call = {"num_inference_steps": 2, "output_type": "latent"}
-    noise = torch.randn(1, *tiny_pipeline.vae.latent_shape(9, 16, 16), generator=seeded(5))
+    noise = torch.randn(1, *latent_shape(tiny_pipeline.vae, 9, 16, 16), generator=seeded(5))
     expected = tiny_pipeline("a 3", generator=seeded(5), **call).frames
     assert torch.equal(tiny_pipeline("a 3", latents=noise, **call).frames, expected)
     embeds, _, mask, _ = tiny_pipeline.encode_prompt("a 3", do_classifier_free_guidance=False)

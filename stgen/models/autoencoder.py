@@ -147,11 +147,6 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         with torch.no_grad():
             self.encoder.conv_out.bias[latent_channels:] = -6.0
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(z, t', h', w') of the latents of a clip."""
-        p, s = self.temporal_compression_ratio, self.spatial_compression_ratio
-        return self.config.latent_channels, 1 + -(-(num_frames - 1) // p), -(-height // s), -(-width // s)
-
     def _encode(self, x: Tensor) -> Tensor:
         s = self.spatial_compression_ratio
         t, h, w = x.shape[2:]
@@ -204,19 +199,3 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict, sample_size=tuple(sample.shape[2:]))
-
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.config.latent_channels
-        mean = torch.tensor(self.config.latents_mean or [0.0] * z, dtype=like.dtype, device=like.device)
-        std = torch.tensor(self.config.latents_std or [1.0] * z, dtype=like.dtype, device=like.device)
-        return mean.view(1, z, 1, 1, 1), std.view(1, z, 1, 1, 1)
-
-    def normalize_latents(self, z: Tensor) -> Tensor:
-        """Latents as the transformer sees them: zero mean and unit variance in each channel."""
-        mean, std = self._statistics(z)
-        return (z - mean) / std
-
-    def denormalize_latents(self, z: Tensor) -> Tensor:
-        """The inverse of `normalize_latents`."""
-        mean, std = self._statistics(z)
-        return z * std + mean

@@ -1,0 +1,198 @@
+"""The latents of any video VAE that the pipeline takes: their shape and scale, encoding and decoding.
+
+Every VAE has rules of its own for frames and sizes, and its own way to bring latents to unit variance. Here they become
+one: any clip is padded inside, after its end and at its bottom and right, by repeating its border, and cropped back.
+The first frame has a latent of its own and every p frames after it one more; an image VAE runs on each frame (p = 1).
+
+Shapes: b batch, c channels, t frames, h height, w width; video `b c t h w` in [-1, 1]; latents `b z t' h' w'` with
+t' = 1 + ceil((t - 1) / p), h' = ceil(h / s), w' = ceil(w / s) for compression p in time and s in space.
+"""
+
+import json
+from pathlib import Path
+from typing import TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+)
+from diffusers.utils.torch_utils import unwrap_module
+from torch import Tensor
+
+from stgen.config import require
+from stgen.models.autoencoder import AutoencoderKLSTGen
+
+# A union of the very classes, which is what diffusers' `from_pipe` compares with.
+VideoVAE: TypeAlias = (
+    AutoencoderKLSTGen
+    | AutoencoderKLCogVideoX
+    | AutoencoderKLWan
+    | AutoencoderKLLTXVideo
+    | AutoencoderKLHunyuanVideo
+    | AutoencoderKL
+)
+"""The VAEs that the pipeline takes. `AutoencoderKL` is an image VAE, such as Stable Diffusion's in VDT and Latte."""
+
+VAE_CLASSES = {kind.__name__: kind for kind in get_args(VideoVAE)}
+
+_IMAGES_AT_ONCE = 14
+"""Frames that an image VAE works on together, which bounds memory; Latte's number in diffusers."""
+
+
+def load_vae(folder: str | Path) -> VideoVAE:
+    """Opens a saved VAE, whatever its class, in evaluation mode.
+
+    Raises:
+        ValueError: the folder has no config.json, or one that names none of `VAE_CLASSES`.
+        OSError: the folder holds no safetensors; nothing is unpickled.
+    """
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"vae is {str(folder)!r}, allowed: a folder with a VAE's config.json: {error}") from error
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    require(name in VAE_CLASSES, f"_class_name in {folder}/config.json", name, ", ".join(VAE_CLASSES))
+    return VAE_CLASSES[name].from_pretrained(str(folder), use_safetensors=True).eval()
+
+
+def require_vae(vae: object) -> None:
+    """Raises `ValueError` if `vae` is none of `VAE_CLASSES`; a compiled one counts as what it was."""
+    kind = type(unwrap_module(vae))
+    require(issubclass(kind, tuple(VAE_CLASSES.values())), "vae", kind.__name__, ", ".join(VAE_CLASSES))
+
+
+def _is(vae: VideoVAE, kind: type) -> bool:
+    return isinstance(unwrap_module(vae), kind)
+
+
+# --- Shapes -------------------------------------------------------------------------------------------------------
+
+
+def compression_ratios(vae: VideoVAE) -> tuple[int, int]:
+    """(p, s): the frames, and the rows and columns, that one latent stands for.
+
+    Raises:
+        ValueError: a VAE of another class.
+    """
+    require_vae(vae)
+    if _is(vae, AutoencoderKLWan):
+        return vae.config.scale_factor_temporal, vae.config.scale_factor_spatial
+    if _is(vae, AutoencoderKL | AutoencoderKLCogVideoX):
+        # Neither says it: each stage but the last halves the size, as diffusers' pipelines count too.
+        return int(vae.config.get("temporal_compression_ratio", 1)), 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.temporal_compression_ratio, vae.spatial_compression_ratio
+
+
+def latent_channels(vae: VideoVAE) -> int:
+    """Channels z of the latents."""
+    return vae.config.z_dim if _is(vae, AutoencoderKLWan) else vae.config.latent_channels
+
+
+def latent_shape(vae: VideoVAE, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """(z, t', h', w') of the latents of a clip."""
+    p, s = compression_ratios(vae)
+    return latent_channels(vae), 1 + -(-(num_frames - 1) // p), -(-height // s), -(-width // s)
+
+
+# --- Scale --------------------------------------------------------------------------------------------------------
+
+
+def _mean_and_std(vae: VideoVAE, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The `(1, z, 1, 1, 1)` by which latents are normalised: (latents - mean) / std.
+
+    Each VAE's own names for it: `latents_mean` and `latents_std` per channel (Wan and ours in the config, LTX in
+    buffers), `shift_factor` and `scaling_factor` for all, multiplied (CogVideoX, Hunyuan, image VAEs, LTX on top).
+    """
+    z, config = latent_channels(vae), vae.config
+    statistics = vae if _is(vae, AutoencoderKLLTXVideo) else config
+    mean, std = getattr(statistics, "latents_mean", None), getattr(statistics, "latents_std", None)
+    mean = torch.as_tensor([0.0] * z if mean is None else mean, dtype=like.dtype, device=like.device)
+    std = torch.as_tensor([1.0] * z if std is None else std, dtype=like.dtype, device=like.device)
+    mean = mean + (config.get("shift_factor") or 0.0)
+    std = std / config.get("scaling_factor", 1.0)
+    return mean.view(1, z, 1, 1, 1), std.view(1, z, 1, 1, 1)
+
+
+# --- Encoding and decoding ----------------------------------------------------------------------------------------
+
+
+def encode(vae: VideoVAE, video: Tensor) -> Tensor:
+    """Video -> the modes of its latents' distributions, normalised as the transformer sees them.
+
+    What is padded after the clip's end cannot reach the latents before it in a causal VAE. CogVideoX and Hunyuan are
+    causal up to their group norms, which average over time too.
+
+    Args:
+        video: `b c t h w` in [-1, 1], any number of frames and any size.
+
+    Returns:
+        float32 `b z t' h' w'`, of zero mean and unit variance for clips like those the VAE was trained on.
+    Raises:
+        ValueError: a VAE of another class, or one whose config says another shape than it makes.
+    """
+    b, _, t, h, w = video.shape
+    p, s = compression_ratios(vae)
+    video = F.pad(video.to(vae.dtype), (0, -w % s, 0, -h % s, 0, -(t - 1) % p), mode="replicate")
+    if _is(vae, AutoencoderKL):
+        images = video.transpose(1, 2).flatten(0, 1).split(_IMAGES_AT_ONCE)
+        z = torch.cat([vae.encode(some).latent_dist.mode() for some in images]).unflatten(0, (b, t)).transpose(1, 2)
+    else:
+        z = vae.encode(video).latent_dist.mode()
+    _require_shape(vae, "latents", z, latent_shape(vae, t, h, w))
+    mean, std = _mean_and_std(vae, z.float())
+    return (z.float() - mean) / std
+
+
+def decode(vae: VideoVAE, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Normalised latents -> video.
+
+    Args:
+        latents: `b z t' h' w'`, as `encode` gives them.
+        size: (t, h, w) of the video; what was padded beyond it is cropped.
+
+    Returns:
+        float32 `b c t h w`, about [-1, 1] but not cut to it.
+    Raises:
+        ValueError: a VAE of another class, or latents that are not those of a video of this size.
+    """
+    t, h, w = size
+    _require_shape(vae, "latents", latents, latent_shape(vae, t, h, w))
+    mean, std = _mean_and_std(vae, latents.float())
+    z = (latents.float() * std + mean).to(vae.dtype)
+    if _is(vae, AutoencoderKL):
+        images = z.transpose(1, 2).flatten(0, 1).split(_IMAGES_AT_ONCE)
+        video = torch.cat([vae.decode(some).sample for some in images]).unflatten(0, (len(z), t)).transpose(1, 2)
+    elif _is(vae, AutoencoderKLCogVideoX) and z.shape[2] > 1 and z.shape[2] % 2 == 0:
+        # It decodes latents in pairs and knows the first latent, one frame, by their number being odd: of an even
+        # number it makes 4 frames of each, the first frame four times (zai-org/CogVideo#786).
+        video = vae.decode(torch.cat([z, z[:, :, -1:]], dim=2)).sample
+    elif _is(vae, AutoencoderKLLTXVideo):
+        video = _decode_ltx(vae, z)
+    else:
+        video = vae.decode(z).sample
+    video = video[:, :, :t, :h, :w].float()
+    _require_shape(vae, "video", video, (video.shape[1], t, h, w))
+    return video
+
+
+def _decode_ltx(vae: AutoencoderKLLTXVideo, z: Tensor) -> Tensor:
+    """Since LTX-Video 0.9.1 the decoder is itself a denoiser: told the time 0 it takes the latents for clean ones,
+    diffusers' default. It may also add noise, one picture for the whole batch, from the global generator."""
+    decoded = []
+    # Sliced here: diffusers 0.42 takes the second video for the time of the first one, and fails.
+    for some in z.split(1 if vae.use_slicing else len(z)):
+        time = some.new_zeros(len(some)) if vae.config.timestep_conditioning else None
+        with torch.random.fork_rng([z.device] if z.is_cuda else []):
+            torch.manual_seed(0)
+            decoded.append(vae.decode(some, time).sample)
+    return torch.cat(decoded)
+
+
+def _require_shape(vae: VideoVAE, name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    kind = type(unwrap_module(vae)).__name__
+    require(tuple(x.shape[1:]) == expected, f"shape of {name} of {kind}", tuple(x.shape[1:]), f"{expected}")
