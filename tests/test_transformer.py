@@ -509,9 +509,9 @@ def test_lora_in_a_fresh_process(tmp_path: Path) -> None:
     code = (
         "import sys, torch; from safetensors.torch import load_file, save_file; from stgen import STGenTransformer3DModel as M;"
         "torch.set_num_threads(1); m = M.from_pretrained(sys.argv[1] + '/model').eval();"
-        "b = load_file(sys.argv[1] + '/batch.safetensors'); plain = m(**b).sample.detach();"
+        "b = load_file(sys.argv[1] + '/batch.safetensors'); plain = m(**b).sample.detach().contiguous();"
         "m.load_lora_adapter(sys.argv[1] + '/lora', prefix=None);"
-        "save_file({'plain': plain, 'lora': m(**b).sample.detach()}, sys.argv[1] + '/out.safetensors')"
+        "save_file({'plain': plain, 'lora': m(**b).sample.detach().contiguous()}, sys.argv[1] + '/out.safetensors')"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
     out = load_file(tmp_path / "out.safetensors")
