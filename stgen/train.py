@@ -10,36 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
-from stgen.flow import interpolant, masked_mse, sample_time, velocity
 from stgen.loop import LoopConfig, begin_run, fit
-from stgen.masks import MaskSpec, draw_mixture, fold_mask, generated_cells, hide
+from stgen.masks import MaskSpec, draw_mixture, fold_mask, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.transformer import STGenTransformer3DModel
+from stgen.objective import FlowConfig, denoising_losses, make_scheduler
 from stgen.pipelines import STGenPipeline
 from stgen.text import TextCache, load_text_encoder
-
-
-@dataclass
-class FlowConfig:
-    """How times are drawn: logit-normal, then shifted (see stgen.flow.sample_time)."""
-
-    mean: float = 0.0
-    """Mean of the normal before the sigmoid."""
-    std: float = 1.0
-    """Its standard deviation; 0 draws uniform times instead."""
-    shift: float = 1.0
-    """Above 1 moves times towards noise, in training and in the exported scheduler alike."""
-
-    def __post_init__(self) -> None:
-        require(self.std >= 0, "flow.std", self.std, "0 or more")
-        require(self.shift > 0, "flow.shift", self.shift, "above 0")
 
 
 @dataclass
@@ -67,8 +50,20 @@ class TrainConfig(LoopConfig):
         require(self.max_text_length >= 1, "max_text_length", self.max_text_length, "1 or more")
         require(0 <= self.text_dropout <= 1, "text_dropout", self.text_dropout, "0 to 1")
         require(len(self.masks) > 0, "masks", self.masks, "at least one entry")
+        # Rectified flow is an ODE without a variance to learn; its schedulers take none.
+        require(
+            not (self.learn_sigma and self.flow.objective == "flow"),
+            "model.learn_sigma",
+            self.learn_sigma,
+            "false with flow.objective=flow; epsilon and v_prediction have a variance to learn",
+        )
         derived = ("in_channels", "text_dim", "mask_channels", "sample_frames", "sample_height", "sample_width")
         require_arguments(STGenTransformer3DModel, self.model, "model", excluded=derived)
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether the model predicts the variance of its steps too."""
+        return bool(self.model.get("learn_sigma", False))
 
 
 def make_model(config: TrainConfig, vae: AutoencoderKLSTGen, text_dim: int) -> STGenTransformer3DModel:
@@ -98,13 +93,15 @@ def model_inputs(
         latents, noise, condition_latents `b c t h w`; condition_mask `b p t h w`; time `b`; text `b n d`, text_mask.
     """
     video = to_pixels(batch["video"])
+    num_frames, height, width = video.shape[2:]
+    latent_frames = vae.latent_shape(num_frames, height, width)[1]
     masks, captions, times, seeds = [], [], [], []
     for position, caption in zip(batch["position"], batch["caption"], strict=True):
         generator = torch.Generator().manual_seed(fold_seed(config.seed, position))
         masks.append(draw_mixture(config.masks, tuple(video.shape[2:]), generator))
         dropped = torch.rand((), generator=generator) < config.text_dropout
         captions.append("" if dropped else caption)
-        times.append(sample_time(1, config.flow.mean, config.flow.std, config.flow.shift, generator))
+        times.append(config.flow.draw_time(height, width, latent_frames, generator))
         seeds.append(generator)
     mask = torch.stack(masks)
     states, text_mask = text(captions)
@@ -127,22 +124,6 @@ def model_inputs(
     }
 
 
-def flow_loss(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """E |v(x_t, t) - (e - x)|^2 over generated cells  (rectified flow, arXiv:2209.03003)."""
-    noisy = interpolant(inputs["latents"], inputs["noise"], inputs["time"])
-    prediction = model(
-        noisy,
-        1000 * inputs["time"],
-        inputs["text"],
-        encoder_attention_mask=inputs["text_mask"],
-        condition_latents=inputs["condition_latents"],
-        condition_mask=inputs["condition_mask"],
-        return_dict=False,
-    )[0]
-    target = velocity(inputs["latents"], inputs["noise"])
-    return masked_mse(prediction, target, generated_cells(inputs["condition_mask"]))
-
-
 def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, vae: AutoencoderKLSTGen) -> Path:
     """Writes `run/export`, a diffusers folder with the averaged weights, and the last ones as variant `raw`."""
     folder = Path(config.run) / "export"
@@ -155,7 +136,7 @@ def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, v
         text_encoder=text_encoder,
         vae=vae,
         transformer=model,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.flow.shift),
+        scheduler=make_scheduler(config.flow),
     )
     pipeline.save_pretrained(folder)
     ema.restore(model.parameters())
@@ -182,7 +163,8 @@ def train(config: TrainConfig) -> None:
         net.enable_gradient_checkpointing()
 
     def compute_losses(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return {"loss": flow_loss(model, model_inputs(batch, config, vae, text, accelerator.device))}
+        inputs = model_inputs(batch, config, vae, text, accelerator.device)
+        return denoising_losses(model, inputs, config.flow, config.learn_sigma)
 
     ema = fit(accelerator, config, dataset, net, compute_losses)
     if accelerator.is_main_process:

@@ -6,8 +6,9 @@ from conftest import tiny_text_encoder, tiny_transformer, tiny_vae
 
 from stgen.data.reading import DataConfig
 from stgen.masks import MaskSpec
+from stgen.objective import denoising_losses
 from stgen.text import TextCache, encode_text
-from stgen.train import TrainConfig, flow_loss, model_inputs
+from stgen.train import TrainConfig, model_inputs
 
 CAPTIONS = ["a 3 moving up", "the digit 7 moves left and down", "a 1", "a 2 moving right"]
 MASKS = [MaskSpec(), MaskSpec("predict", 2, {"given": [1, 8]}), MaskSpec("moving_box", 2), MaskSpec("interpolate")]
@@ -73,7 +74,7 @@ def test_some_steps_lower_the_loss(text: TextCache) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
-        loss = flow_loss(model, inputs)
+        loss = denoising_losses(model, inputs, config().flow)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
