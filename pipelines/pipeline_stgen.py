@@ -12,18 +12,19 @@ import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stgen.config import require
+from stgen.flow import dynamic_shift
 from stgen.masks import fold_mask, hide, keep_given
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.loading import SafetensorsOnly
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.pipelines.pipeline_output import STGenPipelineOutput
+from stgen.pipelines.scheduling import Scheduler, scale_model_input, set_timesteps, step_arguments, takes_variance
 from stgen.text import encode_text
 
 Video = Tensor | np.ndarray | list[PIL.Image.Image] | list[list[PIL.Image.Image]]
@@ -39,8 +40,13 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
     Args:
         tokenizer, text_encoder: any transformers text encoder; its per-token states condition the transformer.
         vae: the causal video VAE.
-        transformer: predicts the velocity of the generated cells.
-        scheduler: any flow-matching scheduler of diffusers.
+        transformer: predicts the velocity of the generated cells, or their noise or v, with `learn_sigma` the variance
+            of each step too.
+        scheduler: one of diffusers' that samples from what the transformer predicts. A trained folder holds a fit one
+            (FlowMatchEuler for the velocity, else DDIM), and any other is made from its configuration, such as
+            `UniPCMultistepScheduler.from_config(pipeline.scheduler.config, prediction_type="flow_prediction",
+            use_flow_sigmas=True, flow_shift=pipeline.scheduler.config.shift)`; DPMSolverMultistep likewise.
+            FlowMatchHeun, and for noise or v all of them, need no further argument.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -52,7 +58,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         text_encoder: PreTrainedModel,
         vae: AutoencoderKLSTGen,
         transformer: STGenTransformer3DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: Scheduler,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -222,12 +228,17 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Noise `b z t' h' w'`, or the given latents after a check of their shape."""
+        """Noise `b z t' h' w'`, fresh or given, at the scheduler's first noise level. Set its timesteps before.
+
+        Raises:
+            ValueError: the given latents have another shape.
+        """
         shape = (batch_size, *self.vae.latent_shape(num_frames, height, width))
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         require(tuple(latents.shape) == shape, "latents.shape", tuple(latents.shape), f"{shape}")
-        return latents.to(self._execution_device, torch.float32)
+        latents = latents.to(self._execution_device, torch.float32)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers have none
 
     # --- The loop -------------------------------------------------------------------------------------------------
 
@@ -244,6 +255,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         num_inference_steps: int = 20,
         guidance_scale: float = 4.0,
         num_videos_per_prompt: int = 1,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -267,9 +279,10 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
             height, width: of a frame in pixels; any size. By default that of `video`, else that of the training clips.
                 A `video` of another size is resized.
             num_frames: any number; by default that of `video`, else that of the training clips.
-            num_inference_steps: steps of the scheduler.
+            num_inference_steps: steps of the scheduler. One of second order runs the model twice in each but the first.
             guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 or less switches it off.
             num_videos_per_prompt: videos for each prompt; those of one prompt follow each other.
+            eta: share of fresh noise in each step of DDIM (arXiv:2010.02502, eq. 16), 0 to 1; 0 with other schedulers.
             generator: one, or one for each video; each makes its result reproducible.
             latents: initial noise `b z t' h' w'` instead of fresh one.
             prompt_embeds, negative_prompt_embeds: text states `b n d` in place of the prompts, with their
@@ -347,9 +360,10 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
                 device,
             )
         )
+        latent_frames = self.vae.latent_shape(num_frames, height, width)[1]
+        set_timesteps(self.scheduler, num_inference_steps, device, dynamic_shift(height, width, latent_frames))
         latents = self.prepare_latents(b, num_frames, height, width, generator, latents)
-
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        extra = step_arguments(self.scheduler, generator, eta)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -357,8 +371,8 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                velocity = self._guided_velocity(
-                    latents,
+                prediction = self._guided_prediction(
+                    scale_model_input(self.scheduler, latents, t),
                     t,
                     prompt_embeds,
                     negative_prompt_embeds,
@@ -367,7 +381,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
                     condition_latents,
                     condition_mask,
                 )
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     known = {
                         "latents": latents,
@@ -395,7 +409,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return STGenPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def _guided_velocity(
+    def _guided_prediction(
         self,
         latents: Tensor,
         t: Tensor,
@@ -406,7 +420,12 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         condition_latents: Tensor | None,
         condition_mask: Tensor | None,
     ) -> Tensor:
-        """v = v_negative + scale (v_prompt - v_negative) (arXiv:2207.12598), both in one forward of twice the batch."""
+        """f = f_negative + scale (f_prompt - f_negative) (arXiv:2207.12598), both in one forward of twice the batch.
+
+        Returns:
+            What the scheduler's step takes: `b z t' h' w'`, or with a learned variance that it wants `b 2z t' h' w'`;
+            guidance leaves the variance as the prompt has it, as in DiT (arXiv:2212.09748).
+        """
         copies = 1
         if self.do_classifier_free_guidance:
             copies = 2
@@ -421,7 +440,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
             return None if x is None else torch.cat([x.to(self.transformer.dtype)] * copies)
 
         with self.transformer.cache_context("cond_uncond"):
-            velocity = self.transformer(
+            prediction = self.transformer(
                 repeat(latents),
                 t.expand(copies * len(latents)),
                 prompt_embeds,
@@ -430,7 +449,12 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
                 condition_mask=repeat(condition_mask),
                 return_dict=False,
             )[0].float()
-        if not self.do_classifier_free_guidance:
-            return velocity
-        negative, positive = velocity.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
+        variance = None
+        if getattr(self.transformer.config, "learn_sigma", False):
+            prediction, variance = prediction.chunk(2, dim=1)
+        if self.do_classifier_free_guidance:
+            negative, positive = prediction.chunk(2)
+            prediction = negative + self.guidance_scale * (positive - negative)
+        if variance is None or not takes_variance(self.scheduler):
+            return prediction
+        return torch.cat([prediction, variance[-len(prediction) :]], dim=1)
