@@ -228,17 +228,12 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Noise `b z t' h' w'`, fresh or given, at the scheduler's first noise level. Set its timesteps before.
-
-        Raises:
-            ValueError: the given latents have another shape.
-        """
+        """Noise `b z t' h' w'`, or the given latents after a check of their shape."""
         shape = (batch_size, *self.vae.latent_shape(num_frames, height, width))
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         require(tuple(latents.shape) == shape, "latents.shape", tuple(latents.shape), f"{shape}")
-        latents = latents.to(self._execution_device, torch.float32)
-        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers have none
+        return latents.to(self._execution_device, torch.float32)
 
     # --- The loop -------------------------------------------------------------------------------------------------
 
@@ -360,9 +355,11 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
                 device,
             )
         )
-        latent_frames = self.vae.latent_shape(num_frames, height, width)[1]
-        set_timesteps(self.scheduler, num_inference_steps, device, dynamic_shift(height, width, latent_frames))
         latents = self.prepare_latents(b, num_frames, height, width, generator, latents)
+
+        shift = dynamic_shift(height, width, latents.shape[2])
+        set_timesteps(self.scheduler, num_inference_steps, device, shift)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers have none
         extra = step_arguments(self.scheduler, generator, eta)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)

@@ -70,14 +70,16 @@ class FlowConfig:
         name = "flow.zero_terminal_snr"
         require(allowed, name, self.zero_terminal_snr, f"false with flow.objective={self.objective}, {reason}")
 
-    def draw_time(self, height: int, width: int, latent_frames: int, generator: torch.Generator) -> Tensor:
-        """One time in [0, 1], float32 `1`, for a clip of `height` by `width` pixels and `latent_frames` latents."""
+    def draw_time(self, generator: torch.Generator) -> Tensor:
+        """One time in [0, 1], float32 `1`, not shifted yet."""
         if self.distribution == "mode":
-            time = flow.mode_time(1, self.mode_scale, generator)
-        elif self.distribution == "uniform" or self.std == 0:
-            time = flow.uniform_time(1, generator)
-        else:
-            time = flow.logit_normal_time(1, self.mean, self.std, generator)
+            return flow.mode_time(1, self.mode_scale, generator)
+        if self.distribution == "uniform" or self.std == 0:
+            return flow.uniform_time(1, generator)
+        return flow.logit_normal_time(1, self.mean, self.std, generator)
+
+    def shifted(self, time: Tensor, height: int, width: int, latent_frames: int) -> Tensor:
+        """Times of clips of `height` by `width` pixels and `latent_frames` latent frames, shifted as in sampling."""
         shift = flow.dynamic_shift(height, width, latent_frames) if self.dynamic_shift else self.shift
         return flow.shift_time(time, shift)
 

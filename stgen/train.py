@@ -93,15 +93,14 @@ def model_inputs(
         latents, noise, condition_latents `b c t h w`; condition_mask `b p t h w`; time `b`; text `b n d`, text_mask.
     """
     video = to_pixels(batch["video"])
-    num_frames, height, width = video.shape[2:]
-    latent_frames = vae.latent_shape(num_frames, height, width)[1]
+    height, width = video.shape[3:]
     masks, captions, times, seeds = [], [], [], []
     for position, caption in zip(batch["position"], batch["caption"], strict=True):
         generator = torch.Generator().manual_seed(fold_seed(config.seed, position))
         masks.append(draw_mixture(config.masks, tuple(video.shape[2:]), generator))
         dropped = torch.rand((), generator=generator) < config.text_dropout
         captions.append("" if dropped else caption)
-        times.append(config.flow.draw_time(height, width, latent_frames, generator))
+        times.append(config.flow.draw_time(generator))
         seeds.append(generator)
     mask = torch.stack(masks)
     states, text_mask = text(captions)
@@ -116,7 +115,7 @@ def model_inputs(
     return {
         "latents": latents,
         "noise": noise.to(device),
-        "time": torch.cat(times).to(device),
+        "time": config.flow.shifted(torch.cat(times), height, width, latents.shape[2]).to(device),
         "condition_latents": condition,
         "condition_mask": fold_mask(mask, vae.temporal_compression_ratio, vae.spatial_compression_ratio),
         "text": states.to(device),

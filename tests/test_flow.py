@@ -80,7 +80,8 @@ def test_times_are_those_of_diffusers() -> None:
 def test_the_configuration_draws_from_its_distribution() -> None:
     def draw(**arguments: Any) -> torch.Tensor:
         config = FlowConfig(**arguments)
-        return torch.cat([config.draw_time(256, 256, 4, seeded(i)) for i in range(50)])
+        time = torch.cat([config.draw_time(seeded(i)) for i in range(50)])
+        return config.shifted(time, 256, 256, 4)
 
     each = [torch.cat([f(1, seeded(i)) for i in range(50)]) for f in (uniform_time, lambda n, g: mode_time(n, 0.5, g))]
     assert torch.equal(draw(distribution="uniform"), each[0])
@@ -88,8 +89,8 @@ def test_the_configuration_draws_from_its_distribution() -> None:
     assert torch.equal(draw(distribution="mode", mode_scale=0.5), each[1])
     # At 256 x 256 and 4 latent frames, r = (1 / 2) 2 = 1; at four times the frames it is 2.
     torch.testing.assert_close(draw(dynamic_shift=True), draw())
-    longer = FlowConfig(dynamic_shift=True).draw_time(256, 256, 16, seeded(0))
-    torch.testing.assert_close(longer, FlowConfig(shift=2.0).draw_time(1, 1, 1, seeded(0)))
+    longer = FlowConfig(dynamic_shift=True).shifted(draw(), 256, 256, 16)
+    torch.testing.assert_close(longer, draw(shift=2.0))
 
 
 sizes = st.integers(1, 2048)

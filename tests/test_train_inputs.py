@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_text_encoder, tiny_transformer, tiny_vae
 
 from stgen.data.reading import DataConfig
+from stgen.flow import dynamic_shift, shift_time
 from stgen.masks import MaskSpec
 from stgen.objective import denoising_losses
 from stgen.text import TextCache, encode_text
@@ -66,6 +67,19 @@ def test_inputs_do_not_depend_on_the_batch(text: TextCache) -> None:
         torch.testing.assert_close(half[name], whole[name][4:], atol=1e-5, rtol=1e-5)
     other = model_inputs(batch([4, 5, 6, 8]), config(), vae, text, torch.device("cpu"))
     assert not torch.equal(other["noise"][3], whole["noise"][7])
+
+
+def test_times_are_shifted_by_size_and_length(text: TextCache) -> None:
+    """9 frames of 16 x 16 make 3 latent frames; one frame makes one."""
+    vae, cpu = tiny_vae(), torch.device("cpu")
+    plain, shifted = config(), config()
+    shifted.flow.dynamic_shift = True
+    whole = batch([1, 2, 3])
+    for clips, latent_frames in ((whole, 3), (whole | {"video": whole["video"][:, :, :1]}, 1)):
+        if latent_frames == 1:
+            plain.masks = shifted.masks = [MaskSpec()]
+        expected = shift_time(model_inputs(clips, plain, vae, text, cpu)["time"], dynamic_shift(16, 16, latent_frames))
+        assert torch.equal(model_inputs(clips, shifted, vae, text, cpu)["time"], expected)
 
 
 def test_some_steps_lower_the_loss(text: TextCache) -> None:
