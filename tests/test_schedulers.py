@@ -229,8 +229,12 @@ def test_initial_noise_is_scaled_to_the_scheduler(tiny_pipeline: STGenPipeline) 
     from diffusers import EulerDiscreteScheduler
 
     pipeline = with_oracle(with_scheduler(tiny_pipeline, EulerDiscreteScheduler, EPSILON, {}), EPSILON)
-    latents = pipeline("a 3", num_inference_steps=10, output_type="latent").frames
+    seen = []
+    pipeline.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0].std().item()))
+    noise = torch.Generator().manual_seed(0)
+    latents = pipeline("a 3", num_inference_steps=10, generator=noise, output_type="latent").frames
     assert pipeline.scheduler.init_noise_sigma > 10
+    assert seen[0] == pytest.approx(1, abs=0.15)
     torch.testing.assert_close(latents, pipeline.transformer.truth, atol=EXACT, rtol=0)
 
 
