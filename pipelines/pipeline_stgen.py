@@ -11,39 +11,51 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stgen.config import require
+from stgen.flow import dynamic_shift
 from stgen.masks import fold_mask, hide, keep_given
+from stgen.models.attention import GivenCache
 from stgen.models.latents import VideoVAE, compression_ratios, decode, encode, latent_shape, require_vae
 from stgen.models.loading import SafetensorsOnly
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.pipelines.pipeline_output import STGenPipelineOutput
+from stgen.pipelines.scheduling import Scheduler, scale_model_input, set_timesteps, step_arguments, takes_variance
 from stgen.text import encode_text
 
 Video = Tensor | np.ndarray | list[PIL.Image.Image] | list[list[PIL.Image.Image]]
 """One video or a batch, as diffusers' VideoProcessor takes it: images, arrays `[b] t h w c` or tensors `[b] t c h w` in [0, 1]."""
 
 
-class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
+class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline):
     """Generates videos from text and, through a mask, from any part of a video.
+
+    LoRA weights of the transformer are loaded and saved in diffusers' format by the mixin that CogVideoX brought.
 
     Prediction, interpolation and inpainting are thin siblings of this class that build the mask from friendlier
     arguments; all share this loop, these components and one saved folder.
 
     Args:
-        tokenizer, text_encoder: any transformers text encoder; its per-token states condition the transformer.
+        tokenizer, text_encoder: any transformers text encoder; its per-token states condition the transformer. None for a
+            transformer without text.
         vae: ours, or any of diffusers' that `stgen.models.latents.VideoVAE` lists.
-        transformer: predicts the velocity of the generated cells.
-        scheduler: any flow-matching scheduler of diffusers.
+        transformer: predicts the velocity of the generated cells, or their noise or v, with `learn_sigma` the variance
+            of each step too.
+        scheduler: one of diffusers' that samples from what the transformer predicts. A trained folder holds a fit one
+            (FlowMatchEuler for the velocity, else DDIM), and any other is made from its configuration, such as
+            `UniPCMultistepScheduler.from_config(pipeline.scheduler.config, prediction_type="flow_prediction",
+            use_flow_sigmas=True, flow_shift=pipeline.scheduler.config.shift)`; DPMSolverMultistep likewise.
+            FlowMatchHeun, and for noise or v all of them, need no further argument.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder"]
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     def __init__(
@@ -52,7 +64,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         text_encoder: PreTrainedModel,
         vae: VideoVAE,
         transformer: STGenTransformer3DModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: Scheduler,
     ) -> None:
         super().__init__()
         if vae is not None:  # diffusers builds pipelines without one, to encode prompts alone
@@ -147,15 +159,39 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         callback_on_step_end_tensor_inputs: list[str],
         output_type: str,
+        class_labels: int | list[int] | None = None,
+        videos: int = 1,
     ) -> int:
-        """Raises `ValueError` for whatever doesn't fit together; returns the number of prompts."""
-        one_of = (prompt is None) != (prompt_embeds is None)
-        require(one_of, "prompt", prompt, "exactly one of prompt and prompt_embeds")
+        """Raises `ValueError` for whatever doesn't fit together; returns the number of prompts.
+
+        A transformer without text has as many as there are class labels, or else `videos`, the batch of the given video.
+        """
+        if self.transformer.config.text_dim is None:
+            for name, value in (
+                ("prompt", prompt),
+                ("prompt_embeds", prompt_embeds),
+                ("negative_prompt", negative_prompt),
+            ):
+                require(value is None, name, value, "None, since this transformer takes no text")
+        else:
+            one_of = (prompt is None) != (prompt_embeds is None)
+            require(one_of, "prompt", prompt, "exactly one of prompt and prompt_embeds")
         require(isinstance(prompt, str | list | None), "prompt", prompt, "a str or a list of str")
         require(not isinstance(prompt, list) or len(prompt) > 0, "prompt", prompt, "at least one prompt")
         one_of = negative_prompt is None or negative_prompt_embeds is None
         require(one_of, "negative_prompt", negative_prompt, "at most one of negative_prompt and negative_prompt_embeds")
-        prompts = 1 if isinstance(prompt, str) else len(prompt) if prompt is not None else len(prompt_embeds)
+        labels = [class_labels] if isinstance(class_labels, int) else class_labels
+        if labels is not None:
+            classes = self.transformer.config.num_classes
+            require(classes is not None, "class_labels", class_labels, "None, since this transformer has no classes")
+            known = len(labels) > 0 and all(isinstance(label, int) and 0 <= label < classes for label in labels)
+            require(known, "class_labels", class_labels, f"numbers from 0 to {classes - 1}")
+        if prompt is None and prompt_embeds is None:
+            prompts = videos if labels is None else len(labels)
+        else:
+            prompts = 1 if isinstance(prompt, str) else len(prompt) if prompt is not None else len(prompt_embeds)
+            fits = labels is None or len(labels) in (1, prompts)
+            require(fits, "class_labels", class_labels, f"one, or one for each of {prompts} prompts")
         for name, value in (("negative_prompt", negative_prompt), ("negative_prompt_embeds", negative_prompt_embeds)):
             if value is not None and not isinstance(value, str):
                 require(len(value) == prompts, name, f"a batch of {len(value)}", f"one for each of {prompts} prompts")
@@ -187,10 +223,11 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         """`b c t h w` in [-1, 1] as the argument `video` takes it: `b t c h w` in [0, 1]."""
         return (video / 2 + 0.5).transpose(1, 2)
 
-    @staticmethod
-    def optional_prompt(prompt: str | list[str] | None, batch_size: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    def optional_prompt(
+        self, prompt: str | list[str] | None, batch_size: int, arguments: dict[str, Any]
+    ) -> dict[str, Any]:
         """Arguments for a task that shows what it wants: no prompt is one empty prompt a video, without guidance."""
-        if prompt is not None or arguments.get("prompt_embeds") is not None:
+        if prompt is not None or arguments.get("prompt_embeds") is not None or self.transformer.config.text_dim is None:
             return {"prompt": prompt, **arguments}
         return {"prompt": [""] * batch_size, "guidance_scale": 1.0, **arguments}
 
@@ -243,9 +280,12 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
+        fps: float | None = None,
+        class_labels: int | list[int] | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 4.0,
         num_videos_per_prompt: int = 1,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -269,9 +309,10 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
             height, width: of a frame in pixels; any size. By default that of `video`, else that of the training clips.
                 A `video` of another size is resized.
             num_frames: any number; by default that of `video`, else that of the training clips.
-            num_inference_steps: steps of the scheduler.
+            num_inference_steps: steps of the scheduler. One of second order runs the model twice in each but the first.
             guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 or less switches it off.
             num_videos_per_prompt: videos for each prompt; those of one prompt follow each other.
+            eta: share of fresh noise in each step of DDIM (arXiv:2010.02502, eq. 16), 0 to 1; 0 with other schedulers.
             generator: one, or one for each video; each makes its result reproducible.
             latents: initial noise `b z t' h' w'` instead of fresh one.
             prompt_embeds, negative_prompt_embeds: text states `b n d` in place of the prompts, with their
@@ -291,6 +332,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        pixels = None if video is None else self.prepare_video(video, height, width)
         prompts = self.check_inputs(
             prompt,
             negative_prompt,
@@ -302,6 +344,8 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
             generator,
             list(callback_on_step_end_tensor_inputs),
             output_type,
+            class_labels,
+            1 if pixels is None else len(pixels),
         )
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -314,8 +358,7 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
             "missing" if mask is None else "given",
             "given exactly when video is",
         )
-        if video is not None and mask is not None:
-            pixels = self.prepare_video(video, height, width)
+        if pixels is not None and mask is not None:
             fits = num_frames is None or num_frames == pixels.shape[2]
             require(fits, "num_frames", num_frames, f"{pixels.shape[2]}, the frames of video")
             pixel_mask = self.prepare_mask(mask, pixels.shape, b)
@@ -334,23 +377,44 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
         for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
             require(value >= 1, name, value, "1 or more")
 
-        prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
-            self.encode_prompt(
-                prompt,
-                negative_prompt,
-                self.do_classifier_free_guidance,
-                num_videos_per_prompt,
-                prompt_embeds,
-                negative_prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_attention_mask,
-                max_sequence_length,
-                device,
+        takes = self.transformer.config
+        conditions: dict[str, Tensor] = {}
+        if takes.text_dim is not None:
+            # What says nothing is either the encoded empty prompt or, in the transformer, its own null text.
+            own_null = takes.null_text != "prompt" and negative_prompt is None and negative_prompt_embeds is None
+            prompt_embeds, negative_prompt_embeds, prompt_attention_mask, negative_prompt_attention_mask = (
+                self.encode_prompt(
+                    prompt,
+                    negative_prompt,
+                    self.do_classifier_free_guidance and not own_null,
+                    num_videos_per_prompt,
+                    prompt_embeds,
+                    negative_prompt_embeds,
+                    prompt_attention_mask,
+                    negative_prompt_attention_mask,
+                    max_sequence_length,
+                    device,
+                )
             )
-        )
+            if self.do_classifier_free_guidance and own_null:
+                conditions["drop_text"] = torch.arange(2 * b, device=device) < b
+        if takes.num_classes is not None:
+            labels = takes.num_classes if class_labels is None else class_labels
+            classes = torch.tensor([labels] if isinstance(labels, int) else labels, device=device)
+            classes = self._repeat(classes, b, "class_labels")
+            null = torch.full_like(classes, takes.num_classes)
+            conditions["class_labels"] = torch.cat([null, classes]) if self.do_classifier_free_guidance else classes
+        sizes = {"fps": fps or takes.sample_fps, "num_frames": num_frames, "height": height, "width": width}
+        copies = 2 if self.do_classifier_free_guidance else 1
+        conditions |= {name: torch.full((copies * b,), float(value), device=device) for name, value in sizes.items()}
+        use_cache = takes.isolate_given and condition_mask is not None and not self.transformer.is_cache_enabled
+        given_cache = GivenCache() if use_cache else None
         latents = self.prepare_latents(b, num_frames, height, width, generator, latents)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        shift = dynamic_shift(height, width, latents.shape[2])
+        set_timesteps(self.scheduler, num_inference_steps, device, shift)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flow-matching schedulers have none
+        extra = step_arguments(self.scheduler, generator, eta)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -358,8 +422,8 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                velocity = self._guided_velocity(
-                    latents,
+                prediction = self._guided_prediction(
+                    scale_model_input(self.scheduler, latents, t),
                     t,
                     prompt_embeds,
                     negative_prompt_embeds,
@@ -367,8 +431,10 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
                     negative_prompt_attention_mask,
                     condition_latents,
                     condition_mask,
+                    conditions,
+                    given_cache,
                 )
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+                latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     known = {
                         "latents": latents,
@@ -389,48 +455,64 @@ class STGenPipeline(SafetensorsOnly, DiffusionPipeline):
             frames: Any = latents
         else:
             decoded = decode(self.vae, latents, (num_frames, height, width))
-            if video is not None:
+            if pixels is not None:
                 decoded = keep_given(decoded, pixels, pixel_mask)
             frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
         self.maybe_free_model_hooks()
         return STGenPipelineOutput(frames=frames) if return_dict else (frames,)
 
-    def _guided_velocity(
+    def _guided_prediction(
         self,
         latents: Tensor,
         t: Tensor,
-        prompt_embeds: Tensor,
+        prompt_embeds: Tensor | None,
         negative_prompt_embeds: Tensor | None,
-        prompt_attention_mask: Tensor,
+        prompt_attention_mask: Tensor | None,
         negative_prompt_attention_mask: Tensor | None,
         condition_latents: Tensor | None,
         condition_mask: Tensor | None,
+        conditions: dict[str, Tensor],
+        given_cache: GivenCache | None,
     ) -> Tensor:
-        """v = v_negative + scale (v_prompt - v_negative) (arXiv:2207.12598), both in one forward of twice the batch."""
-        copies = 1
-        if self.do_classifier_free_guidance:
-            copies = 2
+        """f = f_negative + scale (f_prompt - f_negative) (arXiv:2207.12598), both in one forward of twice the batch.
+
+        Returns:
+            What the scheduler's step takes: `b z t' h' w'`, or with a learned variance that it wants `b 2z t' h' w'`;
+            guidance leaves the variance as the prompt has it, as in DiT (arXiv:2212.09748).
+        """
+        copies = 2 if self.do_classifier_free_guidance else 1
+        if copies == 2 and negative_prompt_embeds is not None:
             longest = max(prompt_embeds.shape[1], negative_prompt_embeds.shape[1])
             pad = [longest - negative_prompt_embeds.shape[1], longest - prompt_embeds.shape[1]]
             both = zip((negative_prompt_embeds, prompt_embeds), pad, strict=True)
             prompt_embeds = torch.cat([torch.nn.functional.pad(x, (0, 0, 0, k)) for x, k in both])
             both = zip((negative_prompt_attention_mask, prompt_attention_mask), pad, strict=True)
             prompt_attention_mask = torch.cat([torch.nn.functional.pad(x, (0, k)) for x, k in both])
+        elif copies == 2 and prompt_embeds is not None:  # the transformer puts its null text in the first half
+            prompt_embeds, prompt_attention_mask = prompt_embeds.repeat(2, 1, 1), prompt_attention_mask.repeat(2, 1)
 
         def repeat(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.cat([x.to(self.transformer.dtype)] * copies)
 
+        # Both halves in one forward, and all of it by name: diffusers' cache hooks look for the names.
         with self.transformer.cache_context("cond_uncond"):
-            velocity = self.transformer(
-                repeat(latents),
-                t.expand(copies * len(latents)),
-                prompt_embeds,
+            prediction = self.transformer(
+                hidden_states=repeat(latents),
+                timestep=t.expand(copies * len(latents)),
+                encoder_hidden_states=prompt_embeds,
                 encoder_attention_mask=prompt_attention_mask,
                 condition_latents=repeat(condition_latents),
                 condition_mask=repeat(condition_mask),
+                **conditions,
+                given_cache=given_cache,
                 return_dict=False,
             )[0].float()
-        if not self.do_classifier_free_guidance:
-            return velocity
-        negative, positive = velocity.chunk(2)
-        return negative + self.guidance_scale * (positive - negative)
+        variance = None
+        if self.transformer.config.learn_sigma:
+            prediction, variance = prediction.chunk(2, dim=1)
+        if self.do_classifier_free_guidance:
+            negative, positive = prediction.chunk(2)
+            prediction = negative + self.guidance_scale * (positive - negative)
+        if variance is None or not takes_variance(self.scheduler):
+            return prediction
+        return torch.cat([prediction, variance[-len(prediction) :]], dim=1)

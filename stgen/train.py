@@ -4,42 +4,26 @@ The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkp
 that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, the last ones as `variant="raw"`.
 """
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
-from stgen.flow import interpolant, masked_mse, sample_time, velocity
 from stgen.loop import LoopConfig, begin_run, fit
-from stgen.masks import MaskSpec, draw_mixture, fold_mask, generated_cells, hide
+from stgen.masks import MaskSpec, draw_mixture, fold_mask, hide
 from stgen.models.latents import VideoVAE, compression_ratios, encode, latent_channels, load_vae
 from stgen.models.transformer import STGenTransformer3DModel
+from stgen.objective import FlowConfig, denoising_losses, make_scheduler
 from stgen.pipelines import STGenPipeline
 from stgen.text import TextCache, load_text_encoder
-
-
-@dataclass
-class FlowConfig:
-    """How times are drawn: logit-normal, then shifted (see stgen.flow.sample_time)."""
-
-    mean: float = 0.0
-    """Mean of the normal before the sigmoid."""
-    std: float = 1.0
-    """Its standard deviation; 0 draws uniform times instead."""
-    shift: float = 1.0
-    """Above 1 moves times towards noise, in training and in the exported scheduler alike."""
-
-    def __post_init__(self) -> None:
-        require(self.std >= 0, "flow.std", self.std, "0 or more")
-        require(self.shift > 0, "flow.shift", self.shift, "above 0")
 
 
 @dataclass
@@ -67,11 +51,32 @@ class TrainConfig(LoopConfig):
         require(self.max_text_length >= 1, "max_text_length", self.max_text_length, "1 or more")
         require(0 <= self.text_dropout <= 1, "text_dropout", self.text_dropout, "0 to 1")
         require(len(self.masks) > 0, "masks", self.masks, "at least one entry")
-        derived = ("in_channels", "text_dim", "mask_channels", "sample_frames", "sample_height", "sample_width")
-        require_arguments(STGenTransformer3DModel, self.model, "model", excluded=derived)
+        # Rectified flow is an ODE without a variance to learn; its schedulers take none.
+        require(
+            not (self.learn_sigma and self.flow.objective == "flow"),
+            "model.learn_sigma",
+            self.learn_sigma,
+            "false with flow.objective=flow; epsilon and v_prediction have a variance to learn",
+        )
+        derived = (
+            "in_channels",
+            "text_dim",
+            "mask_channels",
+            "sample_frames",
+            "sample_height",
+            "sample_width",
+            "sample_fps",
+        )
+        no_labels = ("num_classes",)  # clips have captions
+        require_arguments(STGenTransformer3DModel, self.model, "model", excluded=derived + no_labels)
+
+    @property
+    def learn_sigma(self) -> bool:
+        """Whether the model predicts the variance of its steps too."""
+        return bool(self.model.get("learn_sigma", False))
 
 
-def make_model(config: TrainConfig, vae: VideoVAE, text_dim: int) -> STGenTransformer3DModel:
+def make_model(config: TrainConfig, vae: VideoVAE, text_dim: int, fps: float) -> STGenTransformer3DModel:
     """The transformer that fits this VAE, text encoder and data, with weights drawn from `config.seed`."""
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a generator of its own
     return STGenTransformer3DModel(
@@ -81,6 +86,7 @@ def make_model(config: TrainConfig, vae: VideoVAE, text_dim: int) -> STGenTransf
         sample_frames=config.data.num_frames,
         sample_height=config.data.height,
         sample_width=config.data.width,
+        sample_fps=fps,
         **config.model,
     )
 
@@ -95,16 +101,20 @@ def model_inputs(
     given pixel needs no such encoding.
 
     Returns:
-        latents, noise, condition_latents `b c t h w`; condition_mask `b p t h w`; time `b`; text `b n d`, text_mask.
+        latents, noise, condition_latents `b c t h w`; condition_mask `b p t h w`; time `b`; text `b n d`, text_mask and
+        drop_text `b`; fps, num_frames, height, width `b`.
     """
     video = to_pixels(batch["video"])
-    masks, captions, times, seeds = [], [], [], []
+    sizes = dict(zip(("num_frames", "height", "width"), video.shape[2:], strict=True))
+    own_null = config.model.get("null_text", "prompt") != "prompt"  # the transformer has a null text of its own
+    masks, captions, dropped, times, seeds = [], [], [], [], []
     for position, caption in zip(batch["position"], batch["caption"], strict=True):
         generator = torch.Generator().manual_seed(fold_seed(config.seed, position))
         masks.append(draw_mixture(config.masks, tuple(video.shape[2:]), generator))
-        dropped = torch.rand((), generator=generator) < config.text_dropout
-        captions.append("" if dropped else caption)
-        times.append(sample_time(1, config.flow.mean, config.flow.std, config.flow.shift, generator))
+        drop = bool(torch.rand((), generator=generator) < config.text_dropout)
+        captions.append("" if drop and not own_null else caption)
+        dropped.append(drop and own_null)
+        times.append(config.flow.draw_time(generator))
         seeds.append(generator)
     mask = torch.stack(masks)
     states, text_mask = text(captions)
@@ -118,28 +128,15 @@ def model_inputs(
     return {
         "latents": latents,
         "noise": noise.to(device),
-        "time": torch.cat(times).to(device),
+        "time": config.flow.shifted(torch.cat(times), sizes["height"], sizes["width"], latents.shape[2]).to(device),
         "condition_latents": condition,
         "condition_mask": fold_mask(mask, *compression_ratios(vae)),
         "text": states.to(device),
         "text_mask": text_mask.to(device),
+        "drop_text": torch.tensor(dropped, device=device),
+        "fps": batch["fps"].to(device),
+        **{name: torch.full((len(video),), float(n), device=device) for name, n in sizes.items()},
     }
-
-
-def flow_loss(model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """E |v(x_t, t) - (e - x)|^2 over generated cells  (rectified flow, arXiv:2209.03003)."""
-    noisy = interpolant(inputs["latents"], inputs["noise"], inputs["time"])
-    prediction = model(
-        noisy,
-        1000 * inputs["time"],
-        inputs["text"],
-        encoder_attention_mask=inputs["text_mask"],
-        condition_latents=inputs["condition_latents"],
-        condition_mask=inputs["condition_mask"],
-        return_dict=False,
-    )[0]
-    target = velocity(inputs["latents"], inputs["noise"])
-    return masked_mse(prediction, target, generated_cells(inputs["condition_mask"]))
 
 
 def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, vae: VideoVAE) -> Path:
@@ -154,7 +151,7 @@ def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, v
         text_encoder=text_encoder,
         vae=vae,
         transformer=model,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=config.flow.shift),
+        scheduler=make_scheduler(config.flow),
     )
     pipeline.save_pretrained(folder)
     ema.restore(model.parameters())
@@ -174,12 +171,13 @@ def train(config: TrainConfig) -> None:
     accelerator.wait_for_everyone()
     text = TextCache(cache)
 
-    net = make_model(config, vae, text.dim)
+    net = make_model(config, vae, text.dim, fps=statistics.median(float(row["fps"]) for row in dataset.rows))
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()
 
     def compute_losses(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        return {"loss": flow_loss(model, model_inputs(batch, config, vae, text, accelerator.device))}
+        inputs = model_inputs(batch, config, vae, text, accelerator.device)
+        return denoising_losses(model, inputs, config.flow, config.learn_sigma)
 
     ema = fit(accelerator, config, dataset, net, compute_losses)
     if accelerator.is_main_process:

@@ -26,6 +26,8 @@ def test_shipped_configurations_load_and_survive_saving(name: str, schema: type,
         ("samples=many", "samples"),
         ("data.workers=-1", "data.workers is -1, allowed: 0 or more"),
         ("flow.shift=0", "flow.shift is 0"),
+        ("flow.objective=velocity", "flow.objective is 'velocity', allowed: flow, epsilon, v_prediction"),
+        ("model={learn_sigma: true}", "model.learn_sigma is True, allowed: false with flow.objective=flow"),
         ("masks=[{kind: nothing}]", "masks.kind is 'nothing'"),
         ("masks=[]", "at least one entry"),
         ("seed", "an override is written key.sub=value"),
@@ -35,6 +37,17 @@ def test_mistakes_are_one_line(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         load_config(TrainConfig, REPOSITORY / "configs" / "moving_mnist_32" / "transformer.yaml", [override])
     assert "\n" not in str(error.value)
+
+
+def test_every_objective_can_be_configured(tmp_path: Path) -> None:
+    file = REPOSITORY / "configs" / "moving_mnist_32" / "transformer.yaml"
+    assert load_config(TrainConfig, file, ["flow.distribution=mode", "flow.dynamic_shift=true"]).flow.dynamic_shift
+    choice = ["flow.objective=v_prediction", "flow.zero_terminal_snr=true", "flow.min_snr_gamma=5"]
+    config = load_config(TrainConfig, file, choice)
+    assert config.flow.min_snr_gamma == 5
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(TrainConfig, tmp_path / "config.yaml") == config
+    assert load_config(TrainConfig, tmp_path / "config.yaml", ["flow.min_snr_gamma=null"]).flow.min_snr_gamma is None
 
 
 def test_a_missing_file_and_missing_values_are_named(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from stgen.data.reading import DataConfig
 from stgen.evaluation import reconstruct
 from stgen.masks import MaskSpec, fold_mask, moving_box
 from stgen.models.latents import VideoVAE, compression_ratios, decode, encode, latent_channels, latent_shape, load_vae
+from stgen.objective import denoising_losses
 from stgen.text import TextCache
-from stgen.train import TrainConfig, flow_loss, make_model, model_inputs
+from stgen.train import TrainConfig, make_model, model_inputs
 
 FOUR = {"block_out_channels": (8, 8, 8, 8), "latent_channels": 4, "norm_num_groups": 2, "layers_per_block": 1}
 COGVIDEOX = {
@@ -322,11 +323,12 @@ def test_the_trainer_runs_with_it(name: str, text: TextCache) -> None:
     masks = [MaskSpec("moving_box"), MaskSpec("predict", args={"given": 5})]
     config = TrainConfig(run="run", vae="vae", data=DataConfig("data", *shape), masks=masks, model=net)
     videos = torch.randint(256, (3, 3, *shape), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    batch = {"video": videos, "caption": ["a 3"] * 3, "position": [0, 1, 2]}
+    batch = {"video": videos, "caption": ["a 3"] * 3, "fps": torch.full((3,), 10.0), "position": [0, 1, 2]}
     inputs = model_inputs(batch, config, vae, text, torch.device("cpu"))
     assert inputs["latents"].shape[1:] == latent_shape(vae, *shape)
     assert inputs["condition_mask"].shape == (3, p, *inputs["latents"].shape[2:])
-    assert flow_loss(make_model(config, vae, text.dim), inputs).isfinite()
+    losses = denoising_losses(make_model(config, vae, text.dim, fps=10.0), inputs, config.flow)
+    assert losses["loss"].isfinite()
 
     # What lies under wholly hidden cells: of frames 1 + p k to p (k + 1), and of the first.
     hidden = (inputs["condition_mask"].amin(1) == 1)[:, (torch.arange(shape[0]) + p - 1) // p]

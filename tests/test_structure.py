@@ -16,8 +16,8 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = [
     {"config"},
     {"masks", "flow", "video", "optimization"},
-    {"models", "text", "data"},
-    {"pipelines", "tracking"},
+    {"models", "text", "data", "ddpm"},
+    {"pipelines", "tracking", "objective"},
     {"accelerator", "checkpoint", "generation"},
     {"loop"},
     {"train", "train_vae", "evaluation", "batch"},

@@ -5,9 +5,11 @@ import torch
 from conftest import tiny_text_encoder, tiny_transformer, tiny_vae
 
 from stgen.data.reading import DataConfig
+from stgen.flow import dynamic_shift, shift_time
 from stgen.masks import MaskSpec
+from stgen.objective import denoising_losses
 from stgen.text import TextCache, encode_text
-from stgen.train import TrainConfig, flow_loss, model_inputs
+from stgen.train import TrainConfig, model_inputs
 
 CAPTIONS = ["a 3 moving up", "the digit 7 moves left and down", "a 1", "a 2 moving right"]
 MASKS = [MaskSpec(), MaskSpec("predict", 2, {"given": [1, 8]}), MaskSpec("moving_box", 2), MaskSpec("interpolate")]
@@ -37,7 +39,8 @@ def batch(positions: list[int]) -> dict:
         torch.randint(256, (3, 9, 16, 16), generator=torch.Generator().manual_seed(p), dtype=torch.uint8)
         for p in positions
     ]
-    return {"video": torch.stack(videos), "caption": [CAPTIONS[p % 4] for p in positions], "position": positions}
+    captions, fps = [CAPTIONS[p % 4] for p in positions], torch.full((len(positions),), 10.0)
+    return {"video": torch.stack(videos), "caption": captions, "fps": fps, "position": positions}
 
 
 def test_hidden_pixels_change_no_condition(text: TextCache) -> None:
@@ -67,13 +70,26 @@ def test_inputs_do_not_depend_on_the_batch(text: TextCache) -> None:
     assert not torch.equal(other["noise"][3], whole["noise"][7])
 
 
+def test_times_are_shifted_by_size_and_length(text: TextCache) -> None:
+    """9 frames of 16 x 16 make 3 latent frames; one frame makes one."""
+    vae, cpu = tiny_vae(), torch.device("cpu")
+    plain, shifted = config(), config()
+    shifted.flow.dynamic_shift = True
+    whole = batch([1, 2, 3])
+    for clips, latent_frames in ((whole, 3), (whole | {"video": whole["video"][:, :, :1]}, 1)):
+        if latent_frames == 1:
+            plain.masks = shifted.masks = [MaskSpec()]
+        expected = shift_time(model_inputs(clips, plain, vae, text, cpu)["time"], dynamic_shift(16, 16, latent_frames))
+        assert torch.equal(model_inputs(clips, shifted, vae, text, cpu)["time"], expected)
+
+
 def test_some_steps_lower_the_loss(text: TextCache) -> None:
     model = tiny_transformer().train()
     inputs = model_inputs(batch(list(range(8))), config(), tiny_vae(), text, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
-        loss = flow_loss(model, inputs)
+        loss = denoising_losses(model, inputs, config().flow)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

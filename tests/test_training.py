@@ -1,15 +1,18 @@
 """Training for real: the launch commands of the README as processes, at toy size."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_text_encoder
+from diffusers import DDIMScheduler
 
 import stgen.loop
 from stgen import STGenPipeline
@@ -86,6 +89,17 @@ def test_one_process_learns_exports_and_is_deterministic(world: Path, reference:
     raw = STGenPipeline.from_pretrained(world / "one" / "export", variant="raw")
     weights = [p.transformer.state_dict() for p in (pipeline, raw)]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_an_older_objective_exports_the_scheduler_that_fits(world: Path) -> None:
+    objective = ["flow.objective=v_prediction", "flow.zero_terminal_snr=true", "flow.min_snr_gamma=5", "flow.mean=0"]
+    succeed("train", "cpu", *arguments(world, "v", *objective, "flow.distribution=uniform"))
+    assert all(math.isfinite(loss) for loss in losses(world, "v").values())
+    pipeline = STGenPipeline.from_pretrained(world / "v" / "export")
+    assert type(pipeline.scheduler) is DDIMScheduler
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.alphas_cumprod[-1] == 0
+    assert np.isfinite(pipeline("a 3", num_inference_steps=2, output_type="np").frames).all()
 
 
 @pytest.mark.parametrize("strategy", ["ddp_cpu", "zero2_cpu"])

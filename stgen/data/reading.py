@@ -106,7 +106,7 @@ class ClipDataset(Dataset):
         except (ValueError, EOFError) as error:
             raise ValueError(f"data {self.folder}: sample {row['key']} of {row['shard']}: {error}") from error
         clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
-        return {"video": clip, "caption": row["caption"], "position": position}
+        return {"video": clip, "caption": row["caption"], "fps": float(row["fps"]), "position": position}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,9 +135,10 @@ class BatchPositions(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batch of samples: `video` uint8 `b c t h w`, lists of captions and positions."""
+    """Batch of samples: `video` uint8 `b c t h w`, `fps` `b` in frames/s, lists of captions and positions."""
     return {
         "video": torch.stack([s["video"] for s in samples]),
+        "fps": torch.tensor([s["fps"] for s in samples]),
         "caption": [s["caption"] for s in samples],
         "position": [s["position"] for s in samples],
     }

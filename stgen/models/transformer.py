@@ -505,7 +505,7 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
             rows = states[0].split(mask.tolist())
             states = nn.utils.rnn.pad_sequence(rows, batch_first=True)
             mask = torch.arange(states.shape[1], device=mask.device) < mask[:, None]
-        if drop is not None:
+        if drop is not None and self.config.null_text != "prompt":
             null = torch.zeros_like(states[:1])
             if self.null_text_embedding is not None:
                 n, longest = states.shape[1], len(self.null_text_embedding)
@@ -547,7 +547,8 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
             condition_latents: latents of the masked video, `b c t h w`; None means that nothing is given.
             condition_mask: folded mask `b p t h w` in [0, 1], 0 = given; together with `condition_latents`.
             class_labels: integers `b` in [0, num_classes]; None means the class that says nothing.
-            drop_text: bool `b`, clips whose text is replaced by the null text (`null_text` `learned` or `zero`).
+            drop_text: bool `b`, clips whose text is replaced by the null text; without one of its own (`null_text` is
+                `prompt`) the model leaves that to the caller.
             fps, num_frames, height, width: `b` numbers, frames/s, frames and pixels, where the configuration asks for
                 them. Positions scale with the first clip's height and width, as in Open-Sora.
             given_cache: kept over the steps of one clip when `isolate_given`.
