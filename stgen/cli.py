@@ -51,6 +51,28 @@ def index(shards: Annotated[Path, typer.Option(help="folder of WebDataset tars w
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Option("--from", help="open-sora-1.0, open-sora-1.1, open-sora-1.2, vdt or latte")],
+    checkpoint: Annotated[
+        str, typer.Option(help="safetensors of the original: a file, or a folder with one or shards")
+    ],
+    out: Annotated[str, typer.Option(help="folder to write, new or empty")],
+    vae: Annotated[Optional[str], typer.Option(help="saved VAE; with a text encoder, for a whole pipeline")] = None,
+    text_encoder: Annotated[
+        Optional[str], typer.Option(help="saved text encoder that the model was trained with")
+    ] = None,
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", help="what the tensors leave open, e.g. num_attention_heads=16")
+    ] = None,
+) -> None:
+    """Turns a checkpoint of another repository into a folder of this one, of the same output."""
+    from stgen.conversion import convert as run
+
+    run(source, checkpoint, out, vae, text_encoder, settings or ())
+    print(out)
+
+
+@app.command()
 def generate(
     pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
     out: Annotated[str, typer.Option(help="mp4 to write")],

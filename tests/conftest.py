@@ -58,14 +58,14 @@ def tiny_transformer(**overrides) -> STGenTransformer3DModel:
     return model
 
 
-def tiny_text_encoder(folder: Path) -> tuple[PreTrainedTokenizerBase, BertModel]:
+def tiny_text_encoder(folder: Path, hidden_size: int = 16) -> tuple[PreTrainedTokenizerBase, BertModel]:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(vocabulary)}, model_max_length=64)
     torch.manual_seed(2)
     config = BertConfig(
         vocab_size=len(vocabulary),
-        hidden_size=16,
+        hidden_size=hidden_size,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=32,

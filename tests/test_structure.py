@@ -20,7 +20,7 @@ LAYERS = [
     {"pipelines", "tracking", "objective"},
     {"accelerator", "checkpoint", "generation"},
     {"loop"},
-    {"train", "train_vae", "evaluation", "batch"},
+    {"train", "train_vae", "evaluation", "batch", "conversion"},
     {"cli"},
 ]
 FORBIDDEN = [("data", "models"), ("data", "text"), ("models", "text"), ("models", "data"), ("pipelines", "data")]
