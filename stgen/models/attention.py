@@ -14,8 +14,11 @@ A pattern string names the groupings block by block and is cycled over the depth
     s4 [ts]2      a number repeats what stands before it
 """
 
+import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -299,6 +302,41 @@ class GivenCache:
         return q, k, v, own
 
 
+# --- Token by token -----------------------------------------------------------------------------------------------
+
+CHUNK = 512
+"""Tokens whose MLP states stay in a CPU core's cache at the usual widths."""
+
+
+def by_chunks(function: Callable[..., Any], x: Tensor, *rows: Tensor) -> Any:
+    """`function(x, *rows)`, which works on each token by itself, in inference on a CPU `CHUNK` tokens at a time.
+
+    Of a whole clip the MLP's states are tens of megabytes, and writing and reading those costs a third of its matrix
+    products. The numbers are the same.
+
+    Args:
+        function: returns a tensor or a tuple of tensors, each `b t h w ...`.
+        x: `b t h w d`.
+        rows: each broadcastable to `b t h w ...`.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return function(x, *rows)
+    b, t, h, w = x.shape[:4]
+    lines = max(1, CHUNK // w)  # rows of tokens, or whole frames where one has no more
+    frames = max(1, lines // h)
+    out: tuple[Tensor, ...] | None = None
+    for i, j, k in itertools.product(range(b), range(0, t, frames), range(0, h, lines)):
+        piece = (slice(i, i + 1), slice(j, j + frames), slice(k, k + lines))
+        own = (row[tuple(s if n > 1 else slice(None) for n, s in zip(row.shape, piece, strict=False))] for row in rows)
+        result = function(x[piece], *own)
+        parts = result if isinstance(result, tuple) else (result,)
+        out = out or tuple(x.new_empty(b, t, h, w, *part.shape[4:]) for part in parts)
+        for whole, part in zip(out, parts, strict=True):
+            whole[piece] = part
+    assert out is not None
+    return out if isinstance(result, tuple) else out[0]
+
+
 # --- Attention ----------------------------------------------------------------------------------------------------
 
 
@@ -316,13 +354,10 @@ class STGenAttnProcessor:
         attention_mask: Tensor | None = None,
         cache: GivenCache | None = None,
     ) -> Tensor:
-        q, k, v = attn.to_qkv(hidden_states).unflatten(-1, (attn.heads, 3, -1)).unbind(-2)
-        if attn.qk_norm == "after_rotary" and rotary is not None:
-            q, k = attn.norm_q(rotate(q, rotary)), attn.norm_k(rotate(k, rotary))
-        else:
-            q, k = attn.norm_q(q), attn.norm_k(k)
-            if rotary is not None:
-                q, k = rotate(q, rotary), rotate(k, rotary)
+        rows = () if rotary is None else (rotary[None],)
+        # A bare projection is one matrix product, better done at once.
+        bare = attn.qk_norm is None and rotary is None
+        q, k, v = attn.project(hidden_states) if bare else by_chunks(attn.project, hidden_states, *rows)
         frames = None
         if cache is not None:
             q, k, v, frames = cache.gather(attn, q, k, v)
@@ -360,6 +395,15 @@ class STGenAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Identity()])  # the shape that diffusers' LoRA expects
         self.set_processor(STGenAttnProcessor())
 
+    def project(self, x: Tensor, rotary: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `b t h w heads head` of tokens `b t h w d`; rotary `1 t h w 1 (head / 2)`."""
+        q, k, v = self.to_qkv(x).unflatten(-1, (self.heads, 3, -1)).unbind(-2)
+        if rotary is None:
+            return self.norm_q(q), self.norm_k(k), v
+        if self.qk_norm == "after_rotary":
+            return self.norm_q(rotate(q, rotary)), self.norm_k(rotate(k, rotary)), v
+        return rotate(self.norm_q(q), rotary), rotate(self.norm_k(k), rotary), v
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -384,21 +428,27 @@ class STGenCrossAttnProcessor:
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        q = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (attn.heads, -1)))
         k, v = attn.to_kv(encoder_hidden_states).unflatten(-1, (attn.heads, 2, -1)).unbind(-2)
         k = attn.norm_k(k)
         backend = self._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-        tokens = q.flatten(1, 3)
-        if attention_mask is None:
-            out = dispatch_attention_fn(tokens, k, v, backend=backend)
-        elif backend in TAKE_A_MASK:
-            out = dispatch_attention_fn(tokens, k, v, attn_mask=attention_mask[:, None, None], backend=backend)
-        else:  # each clip with its own tokens alone
-            rows = zip(tokens.split(1), k, v, attention_mask, strict=True)
-            out = torch.cat(
-                [dispatch_attention_fn(q1, k1[m][None], v1[m][None], backend=backend) for q1, k1, v1, m in rows]
-            )
-        return attn.to_out[1](attn.to_out[0](out.view(q.shape).flatten(-2)))
+        mask = None if attention_mask is None else attention_mask[:, None, None]
+
+        def attend(x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+            q = attn.norm_q(attn.to_q(x).unflatten(-1, (attn.heads, -1)))
+            out = dispatch_attention_fn(q.flatten(1, 3), k, v, attn_mask=mask, backend=backend)
+            return attn.to_out[1](attn.to_out[0](out.view(q.shape).flatten(-2)))
+
+        masked = mask is not None and backend not in TAKE_A_MASK
+        if hidden_states.device.type != "cpu" and not masked:
+            return attend(hidden_states, k, v, mask)
+        clips = []
+        for i, x in enumerate(hidden_states.split(1)):
+            own = slice(i, i + 1)
+            known = (k[own], v[own], None if mask is None else mask[own])
+            if masked:  # each clip with its own tokens alone
+                known = (k[own, attention_mask[i]], v[own, attention_mask[i]], None)
+            clips.append(by_chunks(lambda piece, known=known: attend(piece, *known), x))
+        return clips[0] if len(clips) == 1 else torch.cat(clips)
 
 
 class STGenCrossAttention(nn.Module, AttentionModuleMixin):

@@ -33,6 +33,7 @@ from stgen.models.attention import (
     Grouping,
     STGenAttention,
     STGenCrossAttention,
+    by_chunks,
     group_mask,
     parse_pattern,
     probe_backend,
@@ -188,8 +189,12 @@ class STGenTransformerBlock(nn.Module):
             x = x + y if kind == "affine" else torch.addcmul(x, next(row), y)
         if self.cross_attn is not None:
             x = x + self.cross_attn(self.cross_norm(x), encoder_hidden_states, encoder_attention_mask)
-        y = self.ff(adaptive_norm(x, next(row), next(row)))
-        return torch.addcmul(x, next(row), y)
+        if hasattr(self.ff, "_diffusers_hook"):  # a cache that hangs on the MLP wants one call
+            return self._feed_forward(x, *row)
+        return by_chunks(self._feed_forward, x, *row)
+
+    def _feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return torch.addcmul(x, gate, self.ff(adaptive_norm(x, shift, scale)))
 
 
 # FirstBlockCache, MagCache and the like find the tokens in a block's arguments and output by this.
