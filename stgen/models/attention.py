@@ -323,7 +323,8 @@ def by_chunks(function: Callable[..., Any], x: Tensor, *rows: Tensor) -> Any:
         return function(x, *rows)
     b, t, h, w = x.shape[:4]
     lines = max(1, CHUNK // w)  # rows of tokens, or whole frames where one has no more
-    frames = max(1, lines // h)
+    # Where a row says something else to each frame, a piece has one: then `adaptive_norm` is a norm's own weights.
+    frames = 1 if any(row.shape[1] > 1 for row in rows) else max(1, lines // h)
     out: tuple[Tensor, ...] | None = None
     for i, j, k in itertools.product(range(b), range(0, t, frames), range(0, h, lines)):
         piece = (slice(i, i + 1), slice(j, j + frames), slice(k, k + lines))

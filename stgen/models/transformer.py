@@ -179,7 +179,7 @@ class STGenTransformerBlock(nn.Module):
             if first == "stream" and x.shape[1] > 1:  # a single image has no place in time, as in Latte
                 x = x + conditioning.time_positions
             if kind == "adaptive":
-                y = adaptive_norm(x, next(row), next(row))
+                y = by_chunks(adaptive_norm, x, next(row), next(row))
             else:
                 y = getattr(self, f"{name}_norm")(x) if kind == "affine" else x
             if first == "attention":
