@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler
 from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -34,6 +34,7 @@ from stgen.config import load_config, require
 from stgen.models.embeddings import sincos, space_positions
 from stgen.models.latents import latent_channels, load_vae
 from stgen.models.transformer import STGenTransformer3DModel
+from stgen.objective import FlowConfig, make_scheduler
 from stgen.pipelines import STGenPipeline
 from stgen.text import load_text_encoder
 
@@ -649,14 +650,14 @@ def convert(
     """Writes `out/transformer` and `out/scheduler`; with a VAE and a text encoder a whole pipeline.
 
     The original's sampler is not converted: the scheduler is diffusers' of the same process. For the models that
-    predict the noise that is DDIM over IDDPM's 1,000 linear betas, and for Open-Sora 1.2 rectified flow without the
-    original's shift by resolution and length, for which `shift` stands in the scheduler's configuration.
+    predict the noise that is DDIM over IDDPM's 1,000 linear betas, and for Open-Sora 1.2 rectified flow with the shift
+    by resolution and latent frames (`stgen.flow.dynamic_shift`).
 
     Args:
         source: a key of `SOURCES`.
         checkpoint: safetensors, as `read_checkpoint` takes them.
         out: a new or empty folder.
-        vae, text_encoder: both or neither; none for models without text, which the pipeline does not take.
+        vae, text_encoder: both or neither, or for models without text the VAE alone.
         settings: `name=value`, fields of `Settings`.
 
     Raises:
@@ -669,26 +670,28 @@ def convert(
     tensors = read_checkpoint(Path(checkpoint))
     model, made_from = convert_transformer(source, tensors, parsed, str(checkpoint))
     has_text = model.config.text_dim is not None
-    for name, value in (("vae", vae), ("text_encoder", text_encoder)):
-        allowed = f"none, since this {source} has no text: a transformer and a scheduler are all one gets"
-        require(has_text or value is None, name, str(value), allowed)
-    require((vae is None) == (text_encoder is None), "vae", vae, "given exactly when text_encoder is")
+    if has_text:
+        require((vae is None) == (text_encoder is None), "vae", vae, "given exactly when text_encoder is")
+    require(has_text or text_encoder is None, "text_encoder", text_encoder, f"none, since this {source} has no text")
 
-    scheduler: FlowMatchEulerDiscreteScheduler | DDIMScheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler = make_scheduler(FlowConfig(dynamic_shift=True))
     if not made_from.flow:
         # `linspace` is IDDPM's own spacing of fewer steps, first and last included.
         scheduler = DDIMScheduler(
             beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False, timestep_spacing="linspace"
         )
-    if vae is None or text_encoder is None:
+    if vae is None:
         model.save_pretrained(out / "transformer")
         scheduler.save_pretrained(out / "scheduler")
         return
     autoencoder = load_vae(vae)
-    tokenizer, encoder = load_text_encoder(text_encoder)
-    channels, width = latent_channels(autoencoder), encoder.config.hidden_size
+    channels = latent_channels(autoencoder)
     require(channels == model.config.in_channels, "latent channels of vae", channels, f"{model.config.in_channels}")
-    require(width == model.config.text_dim, "width of text_encoder", width, f"{model.config.text_dim}")
+    tokenizer = encoder = None
+    if text_encoder is not None:
+        tokenizer, encoder = load_text_encoder(text_encoder)
+        width = encoder.config.hidden_size
+        require(width == model.config.text_dim, "width of text_encoder", width, f"{model.config.text_dim}")
     pipeline = STGenPipeline(
         tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder, transformer=model, scheduler=scheduler
     )

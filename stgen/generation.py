@@ -57,9 +57,9 @@ def saved_pipeline(folder: str | Path) -> Path:
 
 
 def component_names(folder: Path) -> list[str]:
-    """The components that a saved pipeline's model_index.json lists."""
+    """The components that a saved pipeline's model_index.json lists; a pipeline without text has no text encoder."""
     index = json.loads((folder / "model_index.json").read_text())
-    return [name for name, value in index.items() if isinstance(value, list)]
+    return [name for name, value in index.items() if isinstance(value, list) and value[0] is not None]
 
 
 # --- Requests -----------------------------------------------------------------------------------------------------
@@ -270,9 +270,11 @@ def generate(pipeline: STGenPipeline, request: Request) -> Frames:
     # Not from_pipe, which casts all components to one dtype.
     task_pipeline = kind(**pipeline.components)
     task_pipeline.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    takes_text = pipeline.transformer.config.text_dim is not None
     arguments: dict[str, Any] = {
-        # None is what the other pipelines take for no prompt, and then they run without guidance.
-        "prompt": request.prompt if request.task == "text" else request.prompt or None,
+        # None is what the other pipelines take for no prompt, and then they run without guidance; and a transformer
+        # without text takes nothing else.
+        "prompt": request.prompt if request.task == "text" and takes_text else request.prompt or None,
         "negative_prompt": request.negative_prompt or None,
         "height": request.height,
         "width": request.width,

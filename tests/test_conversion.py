@@ -19,10 +19,11 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LatteTrans
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stgen import STGenPipeline, STGenTransformer3DModel
+from stgen import STGenPipeline, STGenPredictionPipeline, STGenTransformer3DModel
 from stgen.cli import convert as convert_command
 from stgen.cli import main
 from stgen.conversion import Settings, convert, convert_transformer
+from stgen.generation import saved_pipeline
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -222,38 +223,56 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"vae": str(folder / "vae"), "text_encoder": str(folder / "text")}
 
 
-def test_converted_pipeline_generates(checkpoints: dict[str, Path], parts: dict[str, str], tmp_path: Path) -> None:
-    convert("open-sora-1.2", checkpoints["open-sora-1.2"], tmp_path / "pipeline", **parts)
-    pipeline = STGenPipeline.from_pretrained(tmp_path / "pipeline")
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_pipeline_generates(
+    name: str, checkpoints: dict[str, Path], parts: dict[str, str], tmp_path: Path
+) -> None:
+    source, settings = MODELS[name]
+    has_text = name not in ("vdt", "latte", "latte-class")
+    mine = parts if has_text else {"vae": parts["vae"]}
+    convert(source, checkpoints[name], tmp_path / "pipeline", **mine, settings=settings)
+    pipeline = STGenPipeline.from_pretrained(saved_pipeline(tmp_path / "pipeline"))
     pipeline.set_progress_bar_config(disable=True)
-    # What Open-Sora's modulation and positions are told of the clip.
-    sizes = {name: torch.tensor([value] * 2) for name, value in (("fps", 8.0), ("height", 16.0), ("width", 24.0))}
-    pipeline.transformer.forward = functools.partial(pipeline.transformer.forward, **sizes)
-    frames = pipeline(
-        "a 3 moving up",
-        num_frames=5,
-        height=16,
-        width=24,
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).frames
+    flow = name == "open-sora-1.2"
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler if flow else DDIMScheduler)
+    call = {
+        "num_frames": 5,
+        "height": 16,
+        "width": 24,
+        "num_inference_steps": 2,
+        "guidance_scale": 4.0 if has_text or name == "latte-class" else 1.0,
+        "output_type": "np",
+        **({"prompt": "a 3 moving up"} if has_text else {}),
+        **({"class_labels": 1} if name == "latte-class" else {}),
+    }
+    frames = pipeline(**call, generator=torch.Generator().manual_seed(0)).frames
     assert frames.shape == (1, 5, 16, 24, 3)
     assert frames.std() > 1e-3
+    if name.startswith("open-sora"):
+        # Guided away from the null text, and told of the rate.
+        assert pipeline.transformer.null_text_embedding is not None
+        other = pipeline(**call, negative_prompt="a 3", generator=torch.Generator().manual_seed(0)).frames
+        assert abs(other - frames).max() > 1e-4
+    if name in ("open-sora-1.1", "open-sora-1.2"):
+        slow = pipeline(**call, fps=4, generator=torch.Generator().manual_seed(0)).frames
+        assert abs(slow - frames).max() > 1e-4
 
 
-def test_pipeline_of_a_noise_predictor_opens(
-    checkpoints: dict[str, Path], parts: dict[str, str], tmp_path: Path
-) -> None:
-    convert("open-sora-1.0", checkpoints["open-sora-1.0"], tmp_path, **parts, settings=["num_attention_heads=2"])
-    pipeline = STGenPipeline.from_pretrained(tmp_path)
-    assert isinstance(pipeline.scheduler, DDIMScheduler)
-    assert pipeline.transformer.config.learn_sigma
+def test_prediction_without_text(checkpoints: dict[str, Path], parts: dict[str, str], tmp_path: Path) -> None:
+    convert("vdt", checkpoints["vdt"], tmp_path, vae=parts["vae"], settings=MODELS["vdt"][1])
+    pipeline = STGenPredictionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    video = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    frames = pipeline(video, num_frames=5, num_inference_steps=2, output_type="pt").frames
+    assert frames.shape == (2, 5, 3, 16, 16)
+    torch.testing.assert_close(frames[:, :3], video, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="prompt is 'a 3', allowed: None, since this transformer takes no text"):
+        pipeline(video, prompt="a 3", num_frames=5)
 
 
 def test_parts_that_do_not_fit(checkpoints: dict[str, Path], parts: dict[str, str], tmp_path: Path) -> None:
     for name, wrong, message in (
-        ("vdt", parts, "vae is .* since this vdt has no text: a transformer and a scheduler"),
+        ("vdt", parts, "text_encoder is .* since this vdt has no text"),
         ("latte", {"text_encoder": parts["text_encoder"]}, "text_encoder is .* since this latte has no text"),
         ("open-sora-1.2", {"vae": parts["vae"]}, "vae is .* given exactly when text_encoder is"),
         ("open-sora-1.2", {**parts, "vae": parts["text_encoder"]}, "_class_name"),
