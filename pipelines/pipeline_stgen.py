@@ -494,19 +494,19 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         def repeat(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.cat([x.to(self.transformer.dtype)] * copies)
 
-        # Both halves in one forward, and all of it by name: diffusers' cache hooks look for the names.
+        batch = {
+            "hidden_states": repeat(latents),
+            "timestep": t.expand(copies * len(latents)),
+            "encoder_hidden_states": prompt_embeds,
+            "encoder_attention_mask": prompt_attention_mask,
+            "condition_latents": repeat(condition_latents),
+            "condition_mask": repeat(condition_mask),
+            **conditions,
+        }
+        # Both halves in one forward and by name: diffusers' caches look for the names and cut what they find in two.
+        batch = {name: value for name, value in batch.items() if value is not None}
         with self.transformer.cache_context("cond_uncond"):
-            prediction = self.transformer(
-                hidden_states=repeat(latents),
-                timestep=t.expand(copies * len(latents)),
-                encoder_hidden_states=prompt_embeds,
-                encoder_attention_mask=prompt_attention_mask,
-                condition_latents=repeat(condition_latents),
-                condition_mask=repeat(condition_mask),
-                **conditions,
-                given_cache=given_cache,
-                return_dict=False,
-            )[0].float()
+            prediction = self.transformer(**batch, given_cache=given_cache, return_dict=False)[0].float()
         variance = None
         if self.transformer.config.learn_sigma:
             prediction, variance = prediction.chunk(2, dim=1)
