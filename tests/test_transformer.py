@@ -444,7 +444,7 @@ def test_cache_needs_isolation() -> None:
 # --- A citizen of diffusers ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["xformers", "flash", "sage", "nonsense", "_native_cudnn"])
+@pytest.mark.parametrize("backend", ["xformers", "flash", "sage", "nonsense", "_native_cudnn", "flex"])
 def test_backend_that_cannot_run_is_refused_when_set(backend: str) -> None:
     model = tiny_transformer()
     with pytest.raises(ValueError, match=f"backend is '{backend}'") as refused:
@@ -455,8 +455,13 @@ def test_backend_that_cannot_run_is_refused_when_set(backend: str) -> None:
 
 @torch.no_grad()
 def test_backends_agree() -> None:
+    model, batch = tiny_transformer(), inputs()
+    expected = model(**batch).sample
+    model.set_attention_backend("flex")  # which on a CPU has no backward, and was refused above
+    torch.testing.assert_close(model(**batch).sample, expected, atol=1e-5, rtol=1e-5)
     for config in (FORMS["native"], FORMS["windows"]):
         model, batch = tiny_transformer(**config), inputs()
+        model.set_attention_backend("native")
         expected = model(**batch).sample
         for backend in ("_native_math", "native"):  # the last one stays, since diffusers keeps it for the whole process
             model.set_attention_backend(backend)

@@ -493,6 +493,8 @@ TAKE_A_MASK = (
 def probe_backend(backend: str, heads: int, head: int, masked: bool, device: torch.device, dtype: torch.dtype) -> None:
     """Runs a backend once on a few tokens, so that one which cannot run here is refused before it is used.
 
+    With gradients enabled it must also run backward; set it under `torch.no_grad()` for inference alone.
+
     Raises:
         ValueError: the backend is unknown, not installed, cannot run with this device, dtype, head size or mask, or
             disagrees with PyTorch's own attention.
@@ -505,12 +507,14 @@ def probe_backend(backend: str, heads: int, head: int, masked: bool, device: tor
     q, k, v = torch.randn(3, 1, 128, heads, head, generator=generator).to(device, dtype)
     mask = torch.ones(1, 1, 128, 128, dtype=torch.bool, device=device).tril() if masked else None
     try:
-        with torch.no_grad():
-            out = dispatch_attention_fn(q, k, v, attn_mask=mask, backend=name)
+        out = dispatch_attention_fn(q.requires_grad_(torch.is_grad_enabled()), k, v, attn_mask=mask, backend=name)
+        if out.requires_grad:
+            out.sum().backward()
+        out = out.detach()
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"backend is {backend!r}, which cannot run here ({device}, {dtype}): {reason}") from error
-    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
+    q, k, v = (x.detach().transpose(1, 2).float() for x in (q, k, v))
     reference = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     off = (out.float() - reference).abs().max().item()
     require(off < 3e-2, "backend", backend, f"one that agrees with PyTorch's attention here; it is off by {off:.2g}")
