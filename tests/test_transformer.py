@@ -325,6 +325,23 @@ def test_null_text() -> None:
         tiny_transformer(null_text="learned", text_tokens=4)(**inputs(), drop_text=torch.tensor([True, True]))
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 9, 40])
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_pieces_are_the_whole(form: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What inference on a CPU does in pieces, whatever their size: lines, frames, clips."""
+    model, batch = tiny_transformer(**FORMS[form]), inputs(**FORMS[form])
+    whole = torch.ones_like(batch["condition_mask"])
+    whole[:, :, 0] = 0
+    for mask in (batch["condition_mask"], whole):
+        batch["condition_mask"] = mask
+        monkeypatch.undo()
+        expected = model(**batch).sample
+        monkeypatch.setattr("stgen.models.attention.CHUNK", chunk)
+        monkeypatch.setattr("stgen.models.transformer.CHUNK", chunk)
+        torch.testing.assert_close(model(**batch).sample, expected, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_per_frame_modulation_equals_per_token_modulation() -> None:
     model, batch = tiny_transformer(), inputs()

@@ -322,12 +322,17 @@ def by_chunks(function: Callable[..., Any], x: Tensor, *rows: Tensor) -> Any:
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return function(x, *rows)
     b, t, h, w = x.shape[:4]
-    lines = max(1, CHUNK // w)  # rows of tokens, or whole frames where one has no more
-    # Where a row says something else to each frame, a piece has one: then `adaptive_norm` is a norm's own weights.
-    frames = 1 if any(row.shape[1] > 1 for row in rows) else max(1, lines // h)
+    if b * t * h * w <= CHUNK:
+        return function(x, *rows)
+    # Several small clips, or of a clip several frames, or of a frame several lines.
+    clips = max(1, CHUNK // (t * h * w))
+    lines = max(1, CHUNK // w)
+    frames = max(1, lines // h)
+    if h * w >= CHUNK // 4 and any(row.shape[1] > 1 for row in rows):
+        frames = 1  # where a row says something else to each frame: then `adaptive_norm` is a norm's own weights
     out: tuple[Tensor, ...] | None = None
-    for i, j, k in itertools.product(range(b), range(0, t, frames), range(0, h, lines)):
-        piece = (slice(i, i + 1), slice(j, j + frames), slice(k, k + lines))
+    for i, j, k in itertools.product(range(0, b, clips), range(0, t, frames), range(0, h, lines)):
+        piece = (slice(i, i + clips), slice(j, j + frames), slice(k, k + lines))
         own = (row[tuple(s if n > 1 else slice(None) for n, s in zip(row.shape, piece, strict=False))] for row in rows)
         result = function(x[piece], *own)
         parts = result if isinstance(result, tuple) else (result,)
@@ -440,7 +445,8 @@ class STGenCrossAttnProcessor:
             return attn.to_out[1](attn.to_out[0](out.view(q.shape).flatten(-2)))
 
         masked = mask is not None and backend not in TAKE_A_MASK
-        if hidden_states.device.type != "cpu" and not masked:
+        small = hidden_states[0].numel() <= CHUNK * hidden_states.shape[-1]
+        if (small or hidden_states.device.type != "cpu") and not masked:
             return attend(hidden_states, k, v, mask)
         clips = []
         for i, x in enumerate(hidden_states.split(1)):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from stgen.config import require
 from stgen.masks import generated_cells
 from stgen.models.attention import (
+    CHUNK,
     Axes,
     GivenCache,
     Grouping,
@@ -53,10 +54,10 @@ def adaptive_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     Args:
         x: `b t h w d`.
         shift, scale: broadcastable to it; where they are one row a clip they become the norm's own weight and bias,
-            which saves two passes over the tokens.
+            which saves two passes over the tokens, unless clips are so small that calls cost more.
     """
     d = x.shape[-1]
-    if x.device.type == "cpu" and shift[0].numel() == d:
+    if x.device.type == "cpu" and shift[0].numel() == d and x[0].numel() >= CHUNK // 4 * d:
         rows = [F.layer_norm(y, (d,), 1 + a.view(d), b.view(d), EPS) for y, a, b in zip(x, scale, shift, strict=True)]
         return rows[0][None] if len(rows) == 1 else torch.stack(rows)
     return torch.addcmul(shift, F.layer_norm(x, (d,), eps=EPS), 1 + scale)
