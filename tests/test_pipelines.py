@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import fill_zeros
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -192,3 +193,29 @@ def test_more_given_frames_than_frames(tiny_pipeline: STGenPipeline) -> None:
         sibling(STGenPredictionPipeline, tiny_pipeline)(as_float(video(12)))
     with pytest.raises(ValueError, match="fewer than half of num_frames=9"):
         sibling(STGenInterpolationPipeline, tiny_pipeline)(as_float(video(5)), as_float(video(5)))
+
+
+def test_lora_of_the_pipeline(tiny_pipeline: STGenPipeline, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    def latents(pipeline: STGenPipeline) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a 3", num_inference_steps=2, generator=generator, output_type="latent").frames
+
+    plain = latents(tiny_pipeline)
+    tiny_pipeline.transformer.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_qkv", "to_out.0"]))
+    fill_zeros(tiny_pipeline.transformer)
+    adapted = latents(tiny_pipeline)
+    layers = get_peft_model_state_dict(tiny_pipeline.transformer)
+    STGenPipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers)
+    names = list(load_file(tmp_path / "pytorch_lora_weights.safetensors"))
+    assert all(name.startswith("transformer.transformer_blocks.") for name in names)
+
+    again = STGenPipeline.from_pretrained(tiny_pipeline_folder)
+    again.load_lora_weights(tmp_path)
+    torch.testing.assert_close(latents(again), adapted, atol=1e-4, rtol=1e-4)
+    again.unload_lora_weights()
+    torch.testing.assert_close(latents(again), plain, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(adapted, plain, atol=1e-2)
