@@ -12,6 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from stgen.config import require
@@ -153,6 +154,7 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         x = F.pad(x, (0, -w % s, 0, -h % s, 0, -(t - 1) % self.temporal_compression_ratio), mode="replicate")
         return self.encoder(space_to_channels(x, 1, self.config.patch_size))
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Video `b c t h w` in [-1, 1] -> the distribution of its latents.
 
@@ -169,6 +171,7 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
     def _decode(self, z: Tensor) -> Tensor:
         return channels_to_space(self.decoder(z), 1, self.config.patch_size)
 
+    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, sample_size: tuple[int, int, int] | None = None
     ) -> DecoderOutput | tuple[Tensor]:
