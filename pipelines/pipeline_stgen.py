@@ -370,10 +370,11 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             condition_latents: Tensor | None = encode(self.vae, masked)
             condition_mask = fold_mask(pixel_mask, *compression_ratios(self.vae))
         else:
-            num_frames = num_frames or self.transformer.config.sample_frames
-            height = height or self.transformer.config.sample_height
-            width = width or self.transformer.config.sample_width
+            num_frames = self.transformer.config.sample_frames if num_frames is None else num_frames
+            height = self.transformer.config.sample_height if height is None else height
+            width = self.transformer.config.sample_width if width is None else width
             condition_latents = condition_mask = None
+        require(fps is None or fps > 0, "fps", fps, "above 0")
         for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
             require(value >= 1, name, value, "1 or more")
 
@@ -441,8 +442,12 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
                         "prompt_embeds": prompt_embeds,
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
+                    guided = self.do_classifier_free_guidance
                     passed = {name: known[name] for name in callback_on_step_end_tensor_inputs}
                     returned = callback_on_step_end(self, i, t, passed)
+                    other_text = "prompt_embeds" in returned or "negative_prompt_embeds" in returned
+                    if given_cache is not None and (other_text or guided != self.do_classifier_free_guidance):
+                        given_cache = GivenCache()  # given tokens see the text too
                     latents = returned.pop("latents", latents)
                     prompt_embeds = returned.pop("prompt_embeds", prompt_embeds)
                     negative_prompt_embeds = returned.pop("negative_prompt_embeds", negative_prompt_embeds)
@@ -501,7 +506,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             "encoder_attention_mask": prompt_attention_mask,
             "condition_latents": repeat(condition_latents),
             "condition_mask": repeat(condition_mask),
-            **conditions,
+            # The prompts' half comes last; it is all that is left when a callback switches guidance off.
+            **{name: value[-copies * len(latents) :] for name, value in conditions.items()},
         }
         # Both halves in one forward and by name: diffusers' caches look for the names and cut what they find in two.
         batch = {name: value for name, value in batch.items() if value is not None}

@@ -58,7 +58,7 @@ def encode_text(
             )
     tokens = tokens.to(encoder.device)
     states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-    mask = tokens.attention_mask.bool()
+    mask = tokens.attention_mask.bool().to(states.device)  # under CPU offload the encoder has moved meanwhile
     # Padding's states are noise that depends on the batch; zeros make the same prompt the same tensor.
     return states * mask[..., None].to(states.dtype), mask
 

@@ -491,7 +491,7 @@ TAKE_A_MASK = (
     AttentionBackendName._NATIVE_CUDNN,
     AttentionBackendName._NATIVE_EFFICIENT,
     AttentionBackendName._NATIVE_MATH,
-    AttentionBackendName.XFORMERS,
+    # Not xformers: diffusers hands it a boolean mask as a bias of ones and zeros.
 )
 """Backends of diffusers' dispatcher that take a boolean mask; some of the others drop it without a word."""
 

@@ -39,5 +39,7 @@ def _safetensors(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named_weights(arguments: dict[str, Any]) -> dict[str, Any]:
-    # Without a name diffusers asks the hub for one, and offline it falls back to a pickle.
+    # Without a name diffusers asks the hub for one, and offline it falls back to a pickle; so it does by another name.
+    name = arguments.get("weight_name", LORA_WEIGHT_NAME_SAFE)
+    require(str(name).endswith(".safetensors"), "weight_name", name, "a .safetensors file: nothing is unpickled")
     return {"weight_name": LORA_WEIGHT_NAME_SAFE, **_safetensors(arguments)}
