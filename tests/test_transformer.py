@@ -105,13 +105,8 @@ def test_bad_patterns_are_named(pattern: str) -> None:
 @pytest.mark.parametrize("name", PREDFORMER)
 @torch.no_grad()
 def test_predformer(name: str) -> None:
-    """Each of the nine reaches exactly the tokens that its factorisation says."""
-    model = tiny_transformer(
-        pattern=PREDFORMER[name].format(n=2), num_layers=4, mlp="swiglu", text_dim=None, patch_size=(1, 1, 1)
-    )
-    names = [block.names[0].removesuffix("_attn") for block in model.transformer_blocks]
-    short = {"spatial": "s", "temporal": "t", "full": "f"}
-    expected = {
+    """After each block, a token has reached exactly the tokens that the factorisation says."""
+    blocks = {
         "full": "ffff",
         "factorised space-time": "sstt",
         "factorised time-space": "ttss",
@@ -121,15 +116,21 @@ def test_predformer(name: str) -> None:
         "triplet time-space-time": "tstt",
         "quadruplet space-time-time-space": "stts",
         "quadruplet time-space-space-time": "tsst",
-    }
-    assert "".join(short[n] for n in names) == expected[name]
-    x = torch.randn(1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    }[name]
+    grid = (3, 2, 2)
+    tokens = list(itertools.product(*map(range, grid)))
+    x = torch.randn(1, 4, *grid, generator=torch.Generator().manual_seed(0))
     changed = x.clone()
     changed[:, :, 0, 0, 0] += 1
-    moved = (model(changed, torch.tensor([500.0])).sample - model(x, torch.tensor([500.0])).sample).abs().amax(1)[
-        0
-    ] > 1e-7
-    assert moved.all()
+    reached = {(0, 0, 0)}
+    for depth, letter in enumerate(blocks, start=1):
+        model = tiny_transformer(
+            pattern=PREDFORMER[name].format(n=2), num_layers=depth, mlp="swiglu", text_dim=None, patch_size=(1, 1, 1)
+        )
+        reached = {p for p in tokens if any(same_group(AXES[letter], grid, p, q) for q in reached)}
+        outputs = [model(y, torch.tensor([500.0])).sample for y in (x, changed)]
+        moved = (outputs[0] - outputs[1]).abs().amax(1)[0] > 0
+        assert {p for p in tokens if moved[p]} == reached, depth
 
 
 # --- Every form of the model --------------------------------------------------------------------------------------
@@ -453,6 +454,16 @@ def test_isolated_given_tokens_do_not_see_noise() -> None:
         assert not torch.allclose(before[:, :, 3:], after[:, :, 3:])
 
 
+@torch.no_grad()
+def test_cache_of_another_mask_is_refused() -> None:
+    model, batch, cache = tiny_transformer(isolate_given=True), inputs(grid=(5, 4, 4)), GivenCache()
+    model(**{**batch, "condition_mask": frame_mask(2, (5, 4, 4), [0])}, given_cache=cache)
+    with pytest.raises(ValueError, match=r"given_cache was filled with frames \[0\], allowed: one mask a cache"):
+        model(**{**batch, "condition_mask": frame_mask(2, (5, 4, 4), [0, 1])}, given_cache=cache)
+    with torch.enable_grad(), pytest.raises(ValueError, match="given_cache is .*, allowed: None where gradients"):
+        model(**batch, given_cache=GivenCache())
+
+
 def test_cache_needs_isolation() -> None:
     with pytest.raises(ValueError, match="given_cache is .*, allowed: only with isolate_given"):
         tiny_transformer()(**inputs(), given_cache=GivenCache())
@@ -571,7 +582,14 @@ def test_config_is_readable(tmp_path: Path) -> None:
         ({"pattern": "s", "time_positions": "stream"}, "time_positions is 'stream'"),
         ({"null_text": "learned"}, "text_tokens is None"),
         ({"size_conditioning": "size", "modulation": "full"}, "size_conditioning is 'size'"),
-        ({"cross_attention": ("window",)}, "cross_attention is 'window', allowed: groupings of pattern"),
+        ({"cross_attention": ("window",)}, "cross_attention is .'window',., allowed: some of full, spatial, temporal"),
+        ({"cross_attention": ()}, "cross_attention is .., allowed: some of"),
+        ({"size_conditioning": "size", "pattern": "f"}, "size_conditioning is 'size', allowed: another value"),
+        ({"pattern": "sst", "num_layers": 2, "time_positions": "stream"}, "time_positions is 'stream'"),
+        ({"num_layers": 0}, "num_layers is 0, allowed: 1 or more"),
+        ({"mask_channels": -1}, "mask_channels is -1"),
+        ({"patch_size": (2, 2)}, "patch_size is"),
+        ({"space_scale": 0.0}, "space_scale is 0.0, allowed: above 0"),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments: dict, message: str) -> None:

@@ -260,8 +260,9 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class GivenCache:
     """Keys and values of given tokens, which attend to given tokens alone and so don't change between steps.
 
-    Pass the same object to every step of one clip. The first step fills it, and it saves work where whole frames are
-    given, the same ones in every clip of the batch; under other masks each step computes everything, to the same result.
+    Pass the same object to every step of one batch of clips: one mask, one text. The first step fills it, and it saves
+    work where whole frames are given, the same ones in every clip of the batch; under other masks each step computes
+    everything, to the same result.
     """
 
     def __init__(self) -> None:
@@ -284,7 +285,7 @@ class GivenCache:
             return q, k, v, None
         assert self.frames is not None
         if self.filling:
-            self.keys_values[attn] = (k, v)
+            self.keys_values[attn] = (k.contiguous(), v.contiguous())  # not views that keep the queries alive
         else:
             known_k, known_v = self.keys_values[attn]
             k, v = torch.cat([known_k, k], dim=1), torch.cat([known_v, v], dim=1)
@@ -350,7 +351,6 @@ class STGenAttnProcessor:
     """Projects, groups and attends through diffusers' attention dispatcher, so that every backend of it works here."""
 
     _attention_backend = None
-    _parallel_config = None
 
     def __call__(
         self,
@@ -425,7 +425,6 @@ class STGenCrossAttnProcessor:
     """Attends from all tokens to the text."""
 
     _attention_backend = None
-    _parallel_config = None
 
     def __call__(
         self,

@@ -53,8 +53,8 @@ def adaptive_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         x: `b t h w d`.
-        shift, scale: broadcastable to it; where they are one row a clip they become the norm's own weight and bias,
-            which saves two passes over the tokens, unless clips are so small that calls cost more.
+        shift, scale: broadcastable to it. On a CPU, where they are one row a clip, they become the norm's own weight and
+            bias, which saves two passes over the tokens, unless clips are so small that calls cost more.
     """
     d = x.shape[-1]
     if x.device.type == "cpu" and shift[0].numel() == d and x[0].numel() >= CHUNK // 4 * d:
@@ -315,14 +315,28 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         require(fits, "text_tokens", text_tokens, "a number of tokens, since null_text is 'learned'")
         fits = sum(option is not None for option in (position_resolution, position_grid)) + (space_scale != 1) <= 1
         require(fits, "position_grid", position_grid, "at most one of position_resolution, position_grid, space_scale")
-        blocks = parse_pattern(pattern)
-        names = {grouping.name for groupings in blocks for grouping in groupings}
-        fits = time_positions not in ("stream", "attention") or "temporal" in names
-        require(fits, "time_positions", time_positions, f"'input' or None, since pattern {pattern!r} has no t")
-        for name in cross_attention or ():
-            require(
-                name in names, "cross_attention", name, f"groupings of pattern {pattern!r}: {', '.join(sorted(names))}"
-            )
+        for name, number, least_number in (
+            ("in_channels", in_channels, 1),
+            ("num_layers", num_layers, 1),
+            ("mask_channels", mask_channels, 0),
+        ):
+            require(number >= least_number, name, number, f"{least_number} or more")
+        for name, factor in (("mlp_ratio", mlp_ratio), ("space_scale", space_scale), ("time_scale", time_scale)):
+            require(factor > 0, name, factor, "above 0")
+        fits = len(patch_size) == 3 and min(patch_size) >= 1
+        require(fits, "patch_size", tuple(patch_size), "three numbers of 1 or more, in t, h, w")
+        cycle = parse_pattern(pattern)
+        blocks = [cycle[i % len(cycle)] for i in range(num_layers)]
+        self.groupings = {grouping for groupings in blocks for grouping in groupings}
+        self.only_axes = all(isinstance(grouping, Axes) for grouping in self.groupings)
+        names = {grouping.name for grouping in self.groupings}
+        for name, value in (("time_positions", time_positions), ("size_conditioning", size_conditioning)):
+            fits = value not in ("stream", "attention", "size") or "temporal" in names
+            require(fits, name, value, f"another value, since {num_layers} blocks of {pattern!r} have no t")
+        fits = cross_attention is None or (len(cross_attention) > 0 and set(cross_attention) <= names)
+        require(
+            fits, "cross_attention", cross_attention, f"some of {', '.join(sorted(names))}, or None for every block"
+        )
 
         conditioning = in_channels + mask_channels if mask_channels else 0
         self.out_channels = in_channels * (2 if learn_sigma else 1)
@@ -340,8 +354,7 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
 
         self.transformer_blocks = nn.ModuleList()
         placed = time_positions not in ("stream", "attention")
-        for i in range(num_layers):
-            groupings = blocks[i % len(blocks)]
+        for groupings in blocks:
             mine = {grouping.name for grouping in groupings}
             here = not placed and "temporal" in mine
             placed = placed or here
@@ -390,8 +403,7 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         Raises:
             ValueError: it cannot run here, or takes no mask where the pattern or `isolate_given` needs one.
         """
-        blocks = parse_pattern(self.config.pattern)
-        masked = self.config.isolate_given or any(not isinstance(g, Axes) for groupings in blocks for g in groupings)
+        masked = self.config.isolate_given or not self.only_axes
         heads, head = self.config.num_attention_heads, self.config.attention_head_dim
         probe_backend(backend, heads, head, masked, self.device, self.dtype)
         super().set_attention_backend(backend)
@@ -479,12 +491,8 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
             if self.config.size_conditioning == "fps":
                 emb = space
         if given is not None:
-            given = given[..., None]
-            # Whole frames are the common case, in which modulations are per frame and not per token. On an accelerator
-            # the question would cost a synchronisation, and in a compiled graph a break.
-            if given.device.type == "cpu" and not torch.compiler.is_compiling():
-                frames = given[:, :, :1, :1]
-                given = frames if bool((given == frames).all()) else given
+            # Whole frames are the common case, in which modulations are per frame and not per token.
+            given = (given[:, :, :1, :1] if self._whole_frames(given) else given)[..., None]
         if self.out_modulation is not None:
             blocks = Conditioning(given, time_positions, embedding=F.silu(space))
             return blocks, self.out_modulation(F.silu(emb)).unflatten(-1, (2, -1))
@@ -557,7 +565,7 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
                 `prompt`) the model leaves that to the caller.
             fps, num_frames, height, width: `b` numbers, frames/s, frames and pixels, where the configuration asks for
                 them. Positions scale with the first clip's height and width, as in Open-Sora.
-            given_cache: kept over the steps of one clip when `isolate_given`.
+            given_cache: kept over the steps of one batch with one text and one mask when `isolate_given`.
 
         Returns:
             prediction `b c t h w` (`b 2c t h w` with `learn_sigma`); its values at given cells have no meaning.
@@ -574,6 +582,8 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         require(not caching or self.config.isolate_given, "given_cache", given_cache, "only with isolate_given")
         fits = not caching or not self.is_cache_enabled
         require(fits, "given_cache", given_cache, "None while another cache is enabled")
+        require(not caching or not torch.is_grad_enabled(), "given_cache", given_cache, "None where gradients are kept")
+        require(tuple(timestep.shape) == (b,), "timestep.shape", tuple(timestep.shape), f"{(b,)}, one a clip")
 
         x, given = self._tokens(hidden_states, condition_latents, condition_mask)
         grid = (x.shape[1], x.shape[2], x.shape[3])
@@ -603,9 +613,19 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
     def _masks(
         self, grid: tuple[int, int, int], b: int, given: Tensor | None, device: torch.device
     ) -> dict[Grouping, Tensor | None]:
-        groupings = {grouping for groupings in parse_pattern(self.config.pattern) for grouping in groupings}
+        """The mask of each grouping; `given` bool `b t h w` are tokens that attend to given ones alone."""
         heads = self.config.num_attention_heads
-        return {grouping: group_mask(grouping, grid, b, heads, given, device) for grouping in groupings}
+        # Where whole frames are given, no frame holds tokens of both kinds.
+        mixed = given is not None and not self._whole_frames(given)
+        return {
+            grouping: group_mask(grouping, grid, b, heads, given if mixed or grouping.across_frames else None, device)
+            for grouping in self.groupings
+        }
+
+    @staticmethod
+    def _whole_frames(given: Tensor) -> bool:
+        """Whether frames of `b t h w` are given wholly or not at all; in a compiled graph, where asking breaks it, no."""
+        return not torch.compiler.is_compiling() and bool((given == given[:, :, :1, :1]).all())
 
     def _blocks(
         self,
@@ -640,38 +660,30 @@ class STGenTransformer3DModel(SafetensorsOnly, ModelMixin, ConfigMixin, PeftAdap
         The result has zeros in the given frames.
         """
         b, frames, h, w, _ = x.shape
+        whole = given[:1, :, :1, :1]
         if cache.frames is None:
-            whole = given[:1, :, :1, :1]
             some = 0 < int(whole.sum()) < frames
             if not some or not bool((given == whole).all()):  # not the same whole frames in every clip
                 masks = self._masks((frames, h, w), b, given, x.device)
                 return self._blocks(x, text, text_mask, conditioning, rotary, masks)
+        elif not torch.equal(whole.flatten().nonzero()[:, 0], cache.frames[0]):
+            raise ValueError(
+                f"given_cache was filled with frames {cache.frames[0].tolist()}, allowed: one mask a cache"
+            )
+
+        def over(frames_: Tensor, isolated: Tensor | None) -> Tensor:
+            """The blocks over some frames; windows and skips see all places, and along axes there are no others."""
+            masks = {} if self.only_axes else self._masks((frames, h, w), b, isolated, x.device)
+            masks = {grouping: mask for grouping, mask in masks.items() if not isinstance(grouping, Axes)}
+            known = None if isolated is None or conditioning.given is None else conditioning.given[:, frames_]
+            some = replace(conditioning, given=known, time_positions=conditioning.time_positions[frames_])
+            turn = None if rotary is None else rotary[frames_]
+            return self._blocks(x[:, frames_], text, text_mask, some, turn, masks, cache)
+
+        if cache.frames is None:
             cache.frames = (whole.flatten().nonzero()[:, 0], (~whole).flatten().nonzero()[:, 0])
             cache.filling = True
-            self._blocks_over(cache.frames[0], x, text, text_mask, conditioning, rotary, given, cache)
+            over(cache.frames[0], given)
             cache.filling = False
         generated = cache.frames[1]
-        y = self._blocks_over(generated, x, text, text_mask, conditioning, rotary, None, cache)
-        return torch.zeros_like(x).index_copy(1, generated, y)
-
-    def _blocks_over(
-        self,
-        frames: Tensor,
-        x: Tensor,
-        text: Tensor | None,
-        text_mask: Tensor | None,
-        conditioning: Conditioning,
-        rotary: Tensor | None,
-        given: Tensor | None,
-        cache: GivenCache,
-    ) -> Tensor:
-        """The blocks over some frames; windows and skips see all places, `given` ones apart from the others."""
-        masks = self._masks((x.shape[1], x.shape[2], x.shape[3]), x.shape[0], given, x.device)
-        masks = {grouping: None if isinstance(grouping, Axes) else mask for grouping, mask in masks.items()}
-        some = replace(
-            conditioning,
-            given=None if given is None or conditioning.given is None else conditioning.given[:, frames],
-            time_positions=conditioning.time_positions[frames],
-        )
-        rotary = None if rotary is None else rotary[frames]
-        return self._blocks(x[:, frames], text, text_mask, some, rotary, masks, cache)
+        return torch.zeros_like(x).index_copy(1, generated, over(generated, None))
