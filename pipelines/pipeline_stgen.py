@@ -129,6 +129,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             )
         batch_size = prompt_embeds.shape[0]
         if do_classifier_free_guidance and negative_prompt_embeds is None:
+            missing = "given with guidance, since there is no text encoder"
+            require(self.text_encoder is not None, "negative_prompt_embeds", None, missing)
             negative = negative_prompt or ""
             negatives = [negative] * batch_size if isinstance(negative, str) else negative
             negative_prompt_embeds, negative_prompt_attention_mask = encode_text(
@@ -310,7 +312,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
                 A `video` of another size is resized.
             num_frames: any number; by default that of `video`, else that of the training clips.
             num_inference_steps: steps of the scheduler. One of second order runs the model twice in each but the first.
-            guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 or less switches it off.
+            guidance_scale: of classifier-free guidance (arXiv:2207.12598); 1 or less switches it off, and so does a
+                transformer that is told of neither text nor class.
             num_videos_per_prompt: videos for each prompt; those of one prompt follow each other.
             eta: share of fresh noise in each step of DDIM (arXiv:2010.02502, eq. 16), 0 to 1; 0 with other schedulers.
             generator: one, or one for each video; each makes its result reproducible.
@@ -379,7 +382,12 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             require(value >= 1, name, value, "1 or more")
 
         takes = self.transformer.config
-        conditions: dict[str, Tensor] = {}
+        if takes.text_dim is None and class_labels is None:
+            self._guidance_scale = 1.0  # there is nothing to guide to, and both halves would be the same
+        fps = takes.sample_fps if fps is None else fps
+        sizes = {"fps": fps, "num_frames": num_frames, "height": height, "width": width}
+        positive = {name: torch.full((b,), float(value), device=device) for name, value in sizes.items()}
+        negative = dict(positive)
         if takes.text_dim is not None:
             # What says nothing is either the encoded empty prompt or, in the transformer, its own null text.
             own_null = takes.null_text != "prompt" and negative_prompt is None and negative_prompt_embeds is None
@@ -397,17 +405,14 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
                     device,
                 )
             )
-            if self.do_classifier_free_guidance and own_null:
-                conditions["drop_text"] = torch.arange(2 * b, device=device) < b
+            if own_null:
+                positive["drop_text"] = torch.zeros(b, dtype=torch.bool, device=device)
+                negative["drop_text"] = torch.ones(b, dtype=torch.bool, device=device)
         if takes.num_classes is not None:
             labels = takes.num_classes if class_labels is None else class_labels
             classes = torch.tensor([labels] if isinstance(labels, int) else labels, device=device)
-            classes = self._repeat(classes, b, "class_labels")
-            null = torch.full_like(classes, takes.num_classes)
-            conditions["class_labels"] = torch.cat([null, classes]) if self.do_classifier_free_guidance else classes
-        sizes = {"fps": fps or takes.sample_fps, "num_frames": num_frames, "height": height, "width": width}
-        copies = 2 if self.do_classifier_free_guidance else 1
-        conditions |= {name: torch.full((copies * b,), float(value), device=device) for name, value in sizes.items()}
+            positive["class_labels"] = self._repeat(classes, b, "class_labels")
+            negative["class_labels"] = torch.full_like(positive["class_labels"], takes.num_classes)
         use_cache = takes.isolate_given and condition_mask is not None and not self.transformer.is_cache_enabled
         given_cache = GivenCache() if use_cache else None
         latents = self.prepare_latents(b, num_frames, height, width, generator, latents)
@@ -432,7 +437,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
                     negative_prompt_attention_mask,
                     condition_latents,
                     condition_mask,
-                    conditions,
+                    positive,
+                    negative,
                     given_cache,
                 )
                 latents = self.scheduler.step(prediction, t, latents, **extra, return_dict=False)[0]
@@ -477,6 +483,7 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         condition_latents: Tensor | None,
         condition_mask: Tensor | None,
         conditions: dict[str, Tensor],
+        negative_conditions: dict[str, Tensor],
         given_cache: GivenCache | None,
     ) -> Tensor:
         """f = f_negative + scale (f_prompt - f_negative) (arXiv:2207.12598), both in one forward of twice the batch.
@@ -506,8 +513,10 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             "encoder_attention_mask": prompt_attention_mask,
             "condition_latents": repeat(condition_latents),
             "condition_mask": repeat(condition_mask),
-            # The prompts' half comes last; it is all that is left when a callback switches guidance off.
-            **{name: value[-copies * len(latents) :] for name, value in conditions.items()},
+            **{
+                name: torch.cat([negative_conditions[name], value]) if copies == 2 else value
+                for name, value in conditions.items()
+            },
         }
         # Both halves in one forward and by name: diffusers' caches look for the names and cut what they find in two.
         batch = {name: value for name, value in batch.items() if value is not None}

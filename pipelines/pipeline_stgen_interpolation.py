@@ -38,10 +38,10 @@ class STGenInterpolationPipeline(STGenPipeline):
             ValueError: the two ends don't fit each other, no frame is left to generate, or what `STGenPipeline` raises.
         """
         first = self.prepare_video(video, height, width)
-        last = self.prepare_video(last_video, height or first.shape[3], width or first.shape[4])
+        last = self.prepare_video(last_video, *first.shape[3:])
         require(first.shape == last.shape, "last_video", tuple(last.shape), f"the shape of video, {tuple(first.shape)}")
         k = first.shape[2]
-        num_frames = num_frames or self.transformer.config.sample_frames
+        num_frames = self.transformer.config.sample_frames if num_frames is None else num_frames
         require(
             2 * k < num_frames, "video", f"{k} given frames at each end", f"fewer than half of num_frames={num_frames}"
         )

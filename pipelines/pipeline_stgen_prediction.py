@@ -37,7 +37,7 @@ class STGenPredictionPipeline(STGenPipeline):
         """
         given = self.prepare_video(video, height, width)
         k = given.shape[2]
-        num_frames = num_frames or self.transformer.config.sample_frames
+        num_frames = self.transformer.config.sample_frames if num_frames is None else num_frames
         require(k < num_frames, "video", f"{k} given frames", f"fewer than num_frames={num_frames}")
         b, c, _, h, w = given.shape
         canvas = torch.cat([given, given.new_zeros(b, c, num_frames - k, h, w)], dim=2)

@@ -34,7 +34,7 @@ class FlowConfig:
     mean: float = 0.0
     """logit_normal: mean of the normal before the sigmoid."""
     std: float = 1.0
-    """logit_normal: its standard deviation; 0 draws uniform times instead."""
+    """logit_normal: its standard deviation."""
     mode_scale: float = 1.29
     """mode: weight of the middle, -1 to 1.75."""
     shift: float = 1.0
@@ -49,7 +49,7 @@ class FlowConfig:
     def __post_init__(self) -> None:
         require(self.objective in OBJECTIVES, "flow.objective", self.objective, ", ".join(OBJECTIVES))
         require(self.distribution in DISTRIBUTIONS, "flow.distribution", self.distribution, ", ".join(DISTRIBUTIONS))
-        require(self.std >= 0, "flow.std", self.std, "0 or more")
+        require(self.std > 0, "flow.std", self.std, "above 0; uniform times are flow.distribution=uniform")
         low, high = flow.MODE_SCALES
         require(low <= self.mode_scale <= high, "flow.mode_scale", self.mode_scale, f"{low:g} to {high:.4g}")
         require(self.shift > 0, "flow.shift", self.shift, "above 0")
@@ -74,7 +74,7 @@ class FlowConfig:
         """One time in [0, 1], float32 `1`, not shifted yet."""
         if self.distribution == "mode":
             return flow.mode_time(1, self.mode_scale, generator)
-        if self.distribution == "uniform" or self.std == 0:
+        if self.distribution == "uniform":
             return flow.uniform_time(1, generator)
         return flow.logit_normal_time(1, self.mean, self.std, generator)
 

@@ -61,7 +61,6 @@ class TrainConfig(LoopConfig):
         derived = (
             "in_channels",
             "text_dim",
-            "mask_channels",
             "sample_frames",
             "sample_height",
             "sample_width",
@@ -78,16 +77,20 @@ class TrainConfig(LoopConfig):
 
 def make_model(config: TrainConfig, vae: VideoVAE, text_dim: int, fps: float) -> STGenTransformer3DModel:
     """The transformer that fits this VAE, text encoder and data, with weights drawn from `config.seed`."""
+    p = compression_ratios(vae)[0]
+    mask_channels = config.model.get("mask_channels", p)
+    require(
+        mask_channels in (0, p), "model.mask_channels", mask_channels, f"{p}, the frames of a latent, or 0 for none"
+    )
     torch.manual_seed(config.seed)  # for the initial weights; every later draw has a generator of its own
     return STGenTransformer3DModel(
         in_channels=latent_channels(vae),
         text_dim=text_dim,
-        mask_channels=compression_ratios(vae)[0],
         sample_frames=config.data.num_frames,
         sample_height=config.data.height,
         sample_width=config.data.width,
         sample_fps=fps,
-        **config.model,
+        **{**config.model, "mask_channels": mask_channels},
     )
 
 

@@ -240,7 +240,6 @@ def test_converted_pipeline_generates(
         "height": 16,
         "width": 24,
         "num_inference_steps": 2,
-        "guidance_scale": 4.0 if has_text or name == "latte-class" else 1.0,
         "output_type": "np",
         **({"prompt": "a 3 moving up"} if has_text else {}),
         **({"class_labels": 1} if name == "latte-class" else {}),

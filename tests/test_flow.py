@@ -85,7 +85,6 @@ def test_the_configuration_draws_from_its_distribution() -> None:
 
     each = [torch.cat([f(1, seeded(i)) for i in range(50)]) for f in (uniform_time, lambda n, g: mode_time(n, 0.5, g))]
     assert torch.equal(draw(distribution="uniform"), each[0])
-    assert torch.equal(draw(std=0.0), each[0])
     assert torch.equal(draw(distribution="mode", mode_scale=0.5), each[1])
     # At 256 x 256 and 4 latent frames, r = (1 / 2) 2 = 1; at four times the frames it is 2.
     torch.testing.assert_close(draw(dynamic_shift=True), draw())
@@ -367,7 +366,7 @@ def test_the_hybrid_loss_teaches_the_variance_alone(config: FlowConfig) -> None:
     [
         ({"objective": "x"}, "flow.objective is 'x', allowed: flow, epsilon, v_prediction"),
         ({"distribution": "cosine"}, "flow.distribution is 'cosine', allowed: logit_normal, uniform, mode"),
-        ({"std": -1.0}, "flow.std is -1.0, allowed: 0 or more"),
+        ({"std": 0.0}, "flow.std is 0.0, allowed: above 0"),
         ({"mode_scale": 2.0}, "flow.mode_scale is 2.0, allowed: -1 to 1.752"),
         ({"shift": 0.0}, "flow.shift is 0.0, allowed: above 0"),
         ({"min_snr_gamma": 0.0}, "flow.min_snr_gamma is 0.0, allowed: above 0"),

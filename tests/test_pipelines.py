@@ -1,10 +1,11 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import fill_zeros
+from conftest import fill_zeros, tiny_transformer
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -16,8 +17,9 @@ from stgen import (
     STGenPredictionPipeline,
     STGenTransformer3DModel,
 )
-from stgen.masks import moving_box
+from stgen.masks import moving_box, predict
 from stgen.models.latents import latent_shape
+from stgen.text import encode_text
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -129,6 +131,75 @@ def test_latents_embeddings_and_callback_are_used(tiny_pipeline: STGenPipeline) 
     assert not torch.equal(tiny_pipeline("a 3", latents=noise, guidance_scale=1.0, **call).frames, expected)
 
 
+CONDITIONED = {
+    "class": {"num_classes": 4},
+    "fps": {"size_conditioning": "fps"},
+    "null text": {"null_text": "zero"},
+    "isolated": {"isolate_given": True},
+}
+
+
+@pytest.mark.parametrize("change", ["guidance ends", "another text"])
+@pytest.mark.parametrize("form", CONDITIONED)
+def test_callbacks_that_change_what_the_model_is_told(
+    tiny_pipeline: STGenPipeline, form: str, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_pipeline.transformer = tiny_transformer(**CONDITIONED[form])
+    sizes = []
+    tiny_pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+
+    def callback(pipeline: STGenPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        if change == "guidance ends":
+            pipeline._guidance_scale = 1.0
+            return {}
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(1)}
+
+    def run() -> torch.Tensor:
+        return tiny_pipeline(
+            "a 3",
+            video=as_float(video()),
+            mask=predict((9, 16, 16), given=5),
+            class_labels=1 if form == "class" else None,
+            num_inference_steps=3,
+            generator=seeded(),
+            output_type="latent",
+            callback_on_step_end=callback,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        ).frames
+
+    latents = run()
+    assert latents.shape[0] == 1
+    assert sizes == [2, 1, 1] if change == "guidance ends" else [2, 2, 2]
+    monkeypatch.setattr("stgen.pipelines.pipeline_stgen.GivenCache", lambda: None)
+    torch.testing.assert_close(run(), latents, atol=1e-5, rtol=1e-5)  # kept keys are never stale
+
+
+def test_nothing_to_guide_to_runs_once(tiny_pipeline: STGenPipeline) -> None:
+    for config, labels, expected in (({}, None, 1), ({"num_classes": 4}, None, 1), ({"num_classes": 4}, 2, 2)):
+        tiny_pipeline.transformer = tiny_transformer(text_dim=None, **config)
+        sizes = []
+        tiny_pipeline.transformer.register_forward_pre_hook(
+            lambda module, args, kwargs, sizes=sizes: sizes.append(len(kwargs["hidden_states"])), with_kwargs=True
+        )
+        frames = tiny_pipeline(class_labels=labels, num_inference_steps=1, output_type="np").frames
+        assert (len(frames), sizes) == (1, [expected])
+
+
+def test_text_encoder_that_an_offload_hook_moves(tiny_pipeline: STGenPipeline) -> None:
+    """Under CPU offload the encoder is moved when it is called: its states are elsewhere than it was before."""
+    encoder = tiny_pipeline.text_encoder
+
+    def moved(module: torch.nn.Module, args: tuple, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.to("meta")
+        return output
+
+    encoder.register_forward_hook(moved)
+    states, mask = encode_text(tiny_pipeline.tokenizer, encoder, ["a 3"], 8)
+    assert states.device == mask.device == torch.device("meta")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -140,6 +211,10 @@ def test_latents_embeddings_and_callback_are_used(tiny_pipeline: STGenPipeline) 
         ({"prompt": "a", "video": as_float(video()), "mask": torch.full((9, 16, 16), 0.5)}, "only 1"),
         ({"prompt": ["a"] * 3, "video": np.stack([as_float(video())] * 2), "mask": torch.ones(9, 16, 16)}, "video is"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"prompt": "a", "num_frames": 0}, "num_frames is 0, allowed: 1 or more"),
+        ({"prompt": "a", "height": 0}, "height is 0"),
+        ({"prompt": "a", "fps": 0}, "fps is 0, allowed: above 0"),
+        ({"prompt": "a", "class_labels": 1}, "class_labels is 1, allowed: None, since this transformer has no classes"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 2, 2, 2)}, "latents.shape"),
         ({"prompt": "a", "output_type": "tensor"}, "output_type"),
     ],
@@ -214,6 +289,8 @@ def test_lora_of_the_pipeline(tiny_pipeline: STGenPipeline, tiny_pipeline_folder
     assert all(name.startswith("transformer.transformer_blocks.") for name in names)
 
     again = STGenPipeline.from_pretrained(tiny_pipeline_folder)
+    with pytest.raises(ValueError, match="weight_name is 'evil.bin', allowed: a .safetensors file"):
+        again.load_lora_weights(tmp_path, weight_name="evil.bin")
     again.load_lora_weights(tmp_path)
     torch.testing.assert_close(latents(again), adapted, atol=1e-4, rtol=1e-4)
     again.unload_lora_weights()

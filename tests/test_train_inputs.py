@@ -9,7 +9,7 @@ from stgen.flow import dynamic_shift, shift_time
 from stgen.masks import MaskSpec
 from stgen.objective import denoising_losses
 from stgen.text import TextCache, encode_text
-from stgen.train import TrainConfig, model_inputs
+from stgen.train import TrainConfig, make_model, model_inputs
 
 CAPTIONS = ["a 3 moving up", "the digit 7 moves left and down", "a 1", "a 2 moving right"]
 MASKS = [MaskSpec(), MaskSpec("predict", 2, {"given": [1, 8]}), MaskSpec("moving_box", 2), MaskSpec("interpolate")]
@@ -95,3 +95,24 @@ def test_some_steps_lower_the_loss(text: TextCache) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_conditioning_channels_can_be_left_out_in_training(text: TextCache) -> None:
+    vae = tiny_vae()
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1}
+    for channels, fits in ((0, True), (4, True), (3, False)):
+        chosen = TrainConfig(
+            run="run",
+            vae="vae",
+            data=DataConfig("data", 9, 16, 16),
+            masks=MASKS,
+            model={**small, "mask_channels": channels},
+        )
+        if not fits:
+            with pytest.raises(ValueError, match="model.mask_channels is 3, allowed: 4, the frames of a latent, or 0"):
+                make_model(chosen, vae, text.dim, fps=10.0)
+            continue
+        model = make_model(chosen, vae, text.dim, fps=10.0)
+        assert model.config.mask_channels == channels
+        inputs = model_inputs(batch([0, 1, 2, 3]), chosen, vae, text, torch.device("cpu"))
+        assert denoising_losses(model, inputs, chosen.flow)["loss"].isfinite()
