@@ -17,7 +17,7 @@ LAYERS = [
     {"config"},
     {"masks", "flow", "video", "optimization"},
     {"models", "text", "data", "ddpm"},
-    {"pipelines", "tracking", "objective"},
+    {"pipelines", "tracking", "objective", "vae_objective"},
     {"accelerator", "checkpoint", "generation"},
     {"loop"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
