@@ -5,13 +5,18 @@ and export/, a diffusers folder of the averaged (EMA) weights with the latents' 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
 from torch import Tensor
+from tqdm import tqdm
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.checkpoint import checkpoints
@@ -21,13 +26,13 @@ from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.latents import latent_shape
-from stgen.models.perceptual import NETWORKS
+from stgen.models.perceptual import NETWORKS, PerceptualDistance
+from stgen.reconstruction import mean_score, measure, reconstruction_sheet
 from stgen.vae_objective import (
     RECONSTRUCTION,
     Adversary,
     DiscriminatorConfig,
     PerceptualConfig,
-    Reconstruction,
     VAEObjective,
     palindrome,
 )
@@ -190,6 +195,56 @@ def measure_latents(
     return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
 
 
+class Validator:
+    """Reconstructs held-out clips with the averaged weights: a row of metrics.jsonl and a sheet in `run/samples/`.
+
+    Raises:
+        ValueError: the folder holds too few clips, or what measures them is not installed.
+    """
+
+    SHEET_CLIPS = 4
+
+    def __init__(self, config: TrainVAEConfig, settings: ValidationConfig, accelerator: Accelerator) -> None:
+        self.clips, self.accelerator, self.folder = settings.clips, accelerator, Path(config.run) / "samples"
+        self.dataset = ClipDataset(replace(config.data, path=settings.path), shuffle=False)
+        held_out = len(self.dataset)
+        require(self.clips <= held_out, "validation.clips", self.clips, f"at most {held_out}, those of {settings.path}")
+        # SSIM is scikit-image's; to miss it after the first thousand steps would be late.
+        require(find_spec("skimage") is not None, "validation", settings.path, "null without stgen's extra `eval`")
+        self.distance = PerceptualDistance(settings.network, accelerator.device)
+
+    @torch.no_grad()
+    def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> None:
+        """Every rank calls it and does its share, so that none waits long; the scores depend on the weights alone."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        scores = []
+        for i in tqdm(range(rank, self.clips, ranks), "validation", leave=False, disable=rank > 0):
+            truth = self._truth(i)
+            scores.append((i, measure(self._reconstruct(vae, truth), truth, self.distance)))
+        score = mean_score([score for _, score in sorted(gather_object(scores), key=itemgetter(0))])
+        measures = {f"validation/{name}": value for name, value in vars(score).items() if value is not None}
+        self.accelerator.log({**measures, "samples": samples}, step)
+        if self.accelerator.is_main_process:
+            self._draw(vae, step)
+        self.accelerator.wait_for_everyone()
+
+    def _truth(self, i: int) -> Tensor:
+        return to_pixels(self.dataset[i]["video"])[None].to(self.accelerator.device)
+
+    def _reconstruct(self, vae: AutoencoderKLSTGen, truth: Tensor) -> Tensor:
+        return vae(truth.to(vae.dtype)).sample.float()
+
+    def _draw(self, vae: AutoencoderKLSTGen, step: int) -> None:
+        """The sheet: of the first clips, those of the first one's shape."""
+        truths = [self._truth(i) for i in range(min(self.clips, self.SHEET_CLIPS))]
+        labels = [self.dataset.row(i)["caption"] for i, truth in enumerate(truths) if truth.shape == truths[0].shape]
+        truth = torch.cat([truth for truth in truths if truth.shape == truths[0].shape])
+        reconstruction = torch.cat([self._reconstruct(vae, clip) for clip in truth.split(1)])
+        scale = max(1, 64 // truth.shape[3])
+        path, title = self.folder / f"step-{step}.png", f"held-out clips, step {step}"
+        reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+
+
 def train_vae(config: TrainVAEConfig) -> None:
     """Trains to `config.samples` clips, from the newest checkpoint of the run if there is one."""
     run = Path(config.run)
@@ -206,10 +261,12 @@ def train_vae(config: TrainVAEConfig) -> None:
         half = accelerator.mixed_precision == "fp16"
         require(not half, "discriminator", "set under fp16", "bf16 or no mixed precision: its loss is not scaled")
         adversary = Adversary(config.discriminator, accelerator, config.samples)
+    validator = Validator(config, config.validation, accelerator) if config.validation else None
     if accelerator.is_main_process:
         begin_run(config)
     accelerator.wait_for_everyone()
     objective = VAEObjective(
+        vae,
         config.reconstruction,
         config.kl_weight,
         config.ping_pong_weight,
@@ -219,13 +276,20 @@ def train_vae(config: TrainVAEConfig) -> None:
     )
 
     def compute_losses(model: torch.nn.Module, batch: dict[str, Any], samples: int) -> dict[str, Tensor]:
-        shown, target, noise = (x.to(accelerator.device) for x in prepare_batch(batch, config, vae))
-        return objective(model, shown, target, noise, vae.decoder.conv_out.weight, samples)
+        return model(*(x.to(accelerator.device) for x in prepare_batch(batch, config, vae)), samples)
 
     def discriminate(samples: int) -> dict[str, Tensor]:
         return adversary.step(samples) if adversary else {}
 
-    ema = fit(accelerator, config, dataset, Reconstruction(vae), compute_losses, discriminate)
+    def after_step(ema: EMAModel, step: int, samples: int) -> None:
+        if validator and config.validation and (step % config.validation.every == 0 or samples >= config.samples):
+            ema.store(vae.parameters())
+            ema.copy_to(vae.parameters())
+            validator(vae.eval(), step, samples)
+            ema.restore(vae.parameters())
+            vae.train()
+
+    ema = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
     ema.copy_to(vae.parameters())
     mean, std = measure_latents(vae.eval(), dataset, config.statistics_clips, accelerator)
     if accelerator.is_main_process:

@@ -113,26 +113,6 @@ class DiscriminatorConfig:
         require(self.layers >= 1, "discriminator.layers", self.layers, "1 or more")
 
 
-class Reconstruction(torch.nn.Module):
-    """One pass through the VAE: what DDP and DeepSpeed wrap, since they synchronise what goes through one `forward`."""
-
-    def __init__(self, vae: AutoencoderKLSTGen) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """D(z) with z ~ q(z | x): `sample` of the shape of `video`, and `kl` unless the bottleneck is FSQ.
-
-        Args:
-            noise: standard normal, of the latents' shape.
-        """
-        posterior = self.vae.encode(video).latent_dist
-        sample = self.vae.decode(posterior.mean + posterior.std * noise, sample_size=video.shape[2:]).sample
-        if self.vae.config.get("bottleneck", "kl") == "fsq":  # its code book is finite: nothing to regularise
-            return {"sample": sample}
-        return {"sample": sample, "kl": kl_divergence(posterior.mean.float(), posterior.logvar.float())}
-
-
 class Adversary:
     """The other player: a discriminator with an optimizer of its own, saved and resumed with the run.
 
@@ -183,19 +163,24 @@ class Adversary:
         return {"discriminator": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
 
 
-class VAEObjective:
-    """L = d(x, g) + w_p LPIPS(x, g) + w_kl KL + w_pp ping-pong + w_d lambda (-E[D(g)]), each term where it is asked for.
+class VAEObjective(torch.nn.Module):
+    """L = d(x, g) + w_p LPIPS(x, g) + w_kl KL + w_pp ping-pong + w_d lambda (-E[D(g)]), each term where it is asked for;
+    g = D(z), z ~ q(z | x).
 
     lambda is `adaptive_weight` of the first two terms, VQGAN's reconstruction loss, against the adversarial one.
 
+    A module around the VAE, since DDP and DeepSpeed synchronise what goes through one `forward`; and all in it, since
+    DeepSpeed takes any gradient that passes its outputs for the step's own. The VAE alone is trained and saved with it.
+
     Args:
         reconstruction: a name in `RECONSTRUCTION`.
-        perceptual: network and weight, or None.
+        perceptual: network and weight, or None for none.
         adversary: None for none.
     """
 
     def __init__(
         self,
+        vae: AutoencoderKLSTGen,
         reconstruction: str,
         kl_weight: float,
         ping_pong_weight: float = 0.0,
@@ -203,41 +188,39 @@ class VAEObjective:
         adversary: Adversary | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        super().__init__()
+        self.vae, self.adversary = vae, adversary
         self.reconstruction, self.kl_weight, self.ping_pong_weight = reconstruction, kl_weight, ping_pong_weight
         self.perceptual_weight = perceptual.weight if perceptual else 0.0
-        self.perceptual = PerceptualDistance(perceptual.network).to(device) if perceptual else None
-        self.adversary = adversary
+        self.perceptual = PerceptualDistance(perceptual.network, device) if perceptual else None
 
-    def __call__(
-        self, model: torch.nn.Module, shown: Tensor, target: Tensor, noise: Tensor, last_layer: Tensor, samples: int
-    ) -> dict[str, Tensor]:
+    def forward(self, shown: Tensor, target: Tensor, noise: Tensor, samples: int) -> dict[str, Tensor]:
         """All losses by name; `loss` is their weighted sum, which is minimised.
 
         Args:
-            model: a `Reconstruction`, perhaps wrapped.
             shown: what the VAE encodes; with a ping-pong weight, `palindrome`s, as `target` is.
-            target: what it shall decode.
+            target: what it shall decode, of the same shape.
             noise: standard normal, of the latents' shape.
-            last_layer: weight of the decoder's last layer.
             samples: clips seen before this optimizer step, which decide whether the adversary plays.
         """
-        output = model(shown, noise)
-        sample = output["sample"].float()
-        distance = RECONSTRUCTION[self.reconstruction](sample, target)
-        losses = {self.reconstruction: distance}
-        likeness = distance
+        posterior = self.vae.encode(shown).latent_dist
+        sample = self.vae.decode(posterior.mean + posterior.std * noise, sample_size=shown.shape[2:]).sample
+        sample, target = sample.float(), target.float()
+        losses = {self.reconstruction: RECONSTRUCTION[self.reconstruction](sample, target)}
+        total = losses[self.reconstruction]
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(sample, target).mean()
-            likeness = likeness + self.perceptual_weight * losses["perceptual"]
-        total = likeness
-        if "kl" in output:
-            losses["kl"] = output["kl"]
+            total = total + self.perceptual_weight * losses["perceptual"]
+        likeness = total
+        if self.vae.config.get("bottleneck", "kl") == "kl":  # FSQ's code book is finite: nothing to regularise
+            losses["kl"] = kl_divergence(posterior.mean.float(), posterior.logvar.float())
             total = total + self.kl_weight * losses["kl"]
         if self.ping_pong_weight:
             losses["ping_pong"] = ping_pong(sample)
             total = total + self.ping_pong_weight * losses["ping_pong"]
         if self.adversary is not None and self.adversary.plays(samples):
             losses["adversarial"] = self.adversary.judge(target, sample)
+            last_layer = self.vae.decoder.conv_out.weight
             losses["adaptive_weight"] = adaptive_weight(likeness, losses["adversarial"], last_layer)
             total = total + self.adversary.config.weight * losses["adaptive_weight"] * losses["adversarial"]
         return {"loss": total, **losses}

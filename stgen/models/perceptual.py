@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from stgen.config import require
@@ -152,10 +152,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 """Networks with a method `features`: images `n 3 h w` in [-1, 1] -> a list of `n c h' w'`."""
 
 
-class PerceptualDistance(nn.Module):
+class PerceptualDistance:
     """d(x, y) = mean over stages l and places (h, w) of ||f_l(x) - f_l(y)||^2, f_l of unit length (LPIPS, equation 1).
 
-    Frozen and in evaluation mode; gradients reach the frames. 0 for equal frames, at most 4.
+    Frame by frame, frozen and in evaluation mode; gradients reach the frames. 0 for equal frames, at most 4. Not a module, so that
+    nothing which holds it trains, averages or saves it.
 
     Args:
         network: a name in `NETWORKS`.
@@ -163,18 +164,18 @@ class PerceptualDistance(nn.Module):
         ValueError: there is no such network, or what it needs is not installed.
     """
 
-    def __init__(self, network: str = "efficientnet_lite0") -> None:
-        super().__init__()
+    def __init__(self, network: str = "efficientnet_lite0", device: torch.device | str = "cpu") -> None:
         require(network in NETWORKS, "perceptual.network", network, ", ".join(NETWORKS))
-        self.network = NETWORKS[network]().eval().requires_grad_(False)
+        self.network = NETWORKS[network]().eval().requires_grad_(False).to(device)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Distance of each frame, `b t`, between videos `b 3 t h w` in [-1, 1]; small frames are fine."""
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Distance of each clip, `b`, the mean over frames, of videos `b 3 t h w` in [-1, 1]; small frames are fine."""
         require(x.shape == y.shape and x.ndim == 5 and x.shape[1] == 3, "x.shape", tuple(x.shape), "y's, b 3 t h w")
-        images = [rearrange(video, "b c t h w -> (b t) c h w") for video in (x, y)]
-        stages = zip(*(self.network.features(image) for image in images), strict=True)
-        distances = [(_unit(f) - _unit(g)).square().sum(1).mean((1, 2)) for f, g in stages]
-        return rearrange(torch.stack(distances).mean(0), "(b t) -> b t", b=len(x))
+        images = [rearrange(video.float(), "b c t h w -> (b t) c h w") for video in (x, y)]
+        with torch.autocast(x.device.type, enabled=False):  # small differences of unit vectors
+            stages = zip(*(self.network.features(image) for image in images), strict=True)
+            distances = [(_unit(f) - _unit(g)).square().sum(1).mean((1, 2)) for f, g in stages]
+        return reduce(torch.stack(distances), "stage (b t) -> b", "mean", b=len(x))
 
 
 def _unit(features: Tensor) -> Tensor:
