@@ -105,7 +105,7 @@ class TrainVAEConfig(LoopConfig):
             self.reconstruction in RECONSTRUCTION, "reconstruction", self.reconstruction, " or ".join(RECONSTRUCTION)
         )
         ends = self.window if isinstance(self.window, list) else [self.window] * 2
-        numbers = len(ends) == 2 and all(isinstance(end, int) for end in ends)
+        numbers = len(ends) == 2 and all(type(end) is int for end in ends)
         fits = self.window is None or (numbers and 1 <= ends[0] <= ends[1])
         require(fits, "window", self.window, "a number of frames, a range [low, high] of such, or null")
         measured = ("latents_mean", "latents_std")
@@ -170,7 +170,7 @@ def initialise(vae: AutoencoderKLSTGen, folder: str) -> None:
     own = vae.state_dict()
     for name in sorted(own.keys() | given.keys()):
         shapes = [tuple(weights[name].shape) if name in weights else "no such weight" for weights in (given, own)]
-        require(shapes[0] == shapes[1], f"init: {name} of {folder}", shapes[0], f"{shapes[1]}, as `model` makes it")
+        require(shapes[0] == shapes[1], f"init: {name} of {folder}", shapes[0], f"{shapes[1]}, as this model has it")
     vae.load_state_dict(given)
 
 
