@@ -256,11 +256,7 @@ def train_vae(config: TrainVAEConfig) -> None:
         vae.enable_gradient_checkpointing()
     if config.init is not None and not checkpoints(run):
         initialise(vae, config.init)
-    adversary = None
-    if config.discriminator is not None:
-        half = accelerator.mixed_precision == "fp16"
-        require(not half, "discriminator", "set under fp16", "bf16 or no mixed precision: its loss is not scaled")
-        adversary = Adversary(config.discriminator, accelerator, config.samples)
+    adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
     validator = Validator(config, config.validation, accelerator) if config.validation else None
     if accelerator.is_main_process:
         begin_run(config)

@@ -121,9 +121,13 @@ class Adversary:
 
     Args:
         total: clips of the whole run, at which the learning rate ends.
+    Raises:
+        ValueError: mixed precision is fp16.
     """
 
     def __init__(self, config: DiscriminatorConfig, accelerator: Accelerator, total: int) -> None:
+        half = accelerator.mixed_precision == "fp16"
+        require(not half, "discriminator", "set under fp16", "bf16 or full precision, since its loss is not scaled")
         self.config, self.accelerator, self.total = config, accelerator, total
         self.net = PatchDiscriminator3d(channels=config.channels, layers=config.layers).to(accelerator.device)
         self.optimizer = make_optimizer(self.net, config.optimizer)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from test_training import launch, succeed
+from test_training import succeed
 
 from stgen import AutoencoderKLSTGen
 from stgen.checkpoint import checkpoints
@@ -376,10 +376,3 @@ def test_a_run_begins_with_the_weights_of_another(world: Path, reference: Path) 
     given, export = (load_file(f / "export/diffusion_pytorch_model.safetensors") for f in (reference, world / "begun"))
     for name, weight in given.items():
         torch.testing.assert_close(export[name], weight, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_fp16_is_refused_with_a_discriminator(world: Path) -> None:
-    done = launch("train_vae", "cpu", *arguments(world, "half"), ACCELERATE_MIXED_PRECISION="fp16")
-    assert done.returncode != 0
-    assert "error: discriminator is 'set under fp16', allowed: bf16" in done.stderr

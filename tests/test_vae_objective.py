@@ -332,3 +332,8 @@ def test_fsq_has_no_kl() -> None:
     whole = objective()
     whole.vae.register_to_config(bottleneck="fsq")
     assert "kl" not in whole(*inputs(), 0)
+
+
+def test_fp16_is_refused_with_a_discriminator() -> None:
+    with pytest.raises(ValueError, match="discriminator is 'set under fp16', allowed: bf16"):
+        Adversary(DiscriminatorConfig(), SimpleNamespace(mixed_precision="fp16"), total=100)
