@@ -27,7 +27,7 @@ from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.latents import latent_shape
 from stgen.models.perceptual import NETWORKS, PerceptualDistance
-from stgen.reconstruction import mean_score, measure, reconstruction_sheet
+from stgen.reconstruction import measure, reconstruction_sheet
 from stgen.vae_objective import (
     RECONSTRUCTION,
     Adversary,
@@ -43,7 +43,7 @@ class ValidationConfig:
     """Reconstruction of clips that the run never trains on, by the averaged weights."""
 
     path: str = "???"
-    """Folder of held-out shards, with clips of the shapes that `data` asks for."""
+    """Folder of held-out shards, with clips of the shape, or of every shape, that `data` asks for."""
     clips: int = 16
     """Its first so many clips."""
     every: int = 1000
@@ -116,16 +116,25 @@ class TrainVAEConfig(LoopConfig):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.mask_target in ("shown", "original"), "mask_target", self.mask_target, "shown or original")
 
+    def window_of(self, frames: int) -> tuple[int, int]:
+        """Fewest and most consecutive frames that a step sees of a clip of `frames`: an image is seen as it is.
+
+        Raises:
+            ValueError: the clip is shorter than the window.
+        """
+        if self.window is None or frames == 1:
+            return frames, frames
+        low, high = self.window if isinstance(self.window, list) else (self.window, self.window)
+        require(low <= frames, "window", self.window, f"at most {frames}, the frames of some clips, or null")
+        return low, min(high, frames)
+
     def draw_window(self, frames: int, position: int) -> int:
         """How many frames a forward sees of clips of `frames`, drawn by the position of its first clip."""
         generator = torch.Generator().manual_seed(fold_seed(self.seed, position, 1))
         if torch.rand((), generator=generator) < self.image_fraction:
             return 1
-        low, high = self.window if isinstance(self.window, list) else [self.window or frames] * 2
-        require(
-            low <= frames, "window", self.window, f"at most {frames}, the frames of the clip at {position}, or null"
-        )
-        return int(torch.randint(low, min(high, frames) + 1, (), generator=generator))
+        low, high = self.window_of(frames)
+        return int(torch.randint(low, high + 1, (), generator=generator))
 
 
 def prepare_batch(
@@ -202,6 +211,7 @@ class Validator:
         ValueError: the folder holds too few clips, or what measures them is not installed.
     """
 
+    MEASURES = ("psnr", "ssim", "temporal_difference_error", "perceptual_distance")
     SHEET_CLIPS = 4
 
     def __init__(self, config: TrainVAEConfig, settings: ValidationConfig, accelerator: Accelerator) -> None:
@@ -221,9 +231,11 @@ class Validator:
         for i in tqdm(range(rank, self.clips, ranks), "validation", leave=False, disable=rank > 0):
             truth = self._truth(i)
             scores.append((i, measure(self._reconstruct(vae, truth), truth, self.distance)))
-        score = mean_score([score for _, score in sorted(gather_object(scores), key=itemgetter(0))])
-        measures = {f"validation/{name}": value for name, value in vars(score).items() if value is not None}
-        self.accelerator.log({**measures, "samples": samples}, step)
+        found = [vars(score) for _, score in sorted(gather_object(scores), key=itemgetter(0))]
+        # Among videos there may be images, which have no temporal difference.
+        values = {name: [score[name] for score in found if score[name] is not None] for name in self.MEASURES}
+        means = {f"validation/{name}": sum(some) / len(some) for name, some in values.items() if some}
+        self.accelerator.log({**means, "samples": samples}, step)
         if self.accelerator.is_main_process:
             self._draw(vae, step)
         self.accelerator.wait_for_everyone()
@@ -251,12 +263,17 @@ def train_vae(config: TrainVAEConfig) -> None:
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     dataset = ClipDataset(config.data, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
+    for frames in sorted({row["num_frames"] for row in dataset.rows}):
+        config.window_of(frames)
     vae = AutoencoderKLSTGen(**config.model)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     if config.init is not None and not checkpoints(run):
         initialise(vae, config.init)
     adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
+    if adversary is not None:  # it would find out when it begins
+        side, least = min(min(row["height"], row["width"]) for row in dataset.rows), adversary.net.smallest
+        require(side >= least, "discriminator.layers", f"{side} pixels", f"frames of {least} pixels or more")
     validator = Validator(config, config.validation, accelerator) if config.validation else None
     if accelerator.is_main_process:
         begin_run(config)
