@@ -193,7 +193,8 @@ def measure_latents(
     """
     z = vae.config.latent_channels
     sums = torch.zeros(3, z, dtype=torch.float64)  # of values, of squares, and how many
-    for position in range(accelerator.process_index, clips, accelerator.num_processes):
+    mine = range(accelerator.process_index, clips, accelerator.num_processes)
+    for position in tqdm(mine, "latent statistics", disable=not accelerator.is_main_process):
         video = to_pixels(dataset[position]["video"])[None].to(accelerator.device, vae.dtype)
         latents = vae.encode(video).latent_dist.mode().double().cpu().transpose(0, 1).flatten(1)
         sums += torch.stack([latents.sum(1), latents.square().sum(1), torch.full((z,), latents.shape[1])])

@@ -6,9 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,12 +139,23 @@ def test_initial_weights_of_a_folder(tmp_path: Path) -> None:
         initialise(fresh, "/nowhere")
 
 
+@dataclass
+class Ranks:
+    """What `measure_latents` asks of an Accelerator."""
+
+    process_index: int
+    num_processes: int
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+    device: str = "cpu"
+    is_main_process: bool = False
+
+
 def test_statistics_over_clips_of_several_shapes() -> None:
     vae = tiny_vae(latents_mean=None, latents_std=None)
     shapes = [(9, 16, 16), (1, 12, 20), (6, 8, 8)]
     clips = [batch([i], *shape)["video"][0] for i, shape in enumerate(shapes)]
     dataset = [{"video": clip} for clip in clips]
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, device="cpu", reduce=lambda sums: sums)
+    accelerator = Ranks(0, 1, lambda sums: sums)
     mean, std = measure_latents(vae, dataset, 3, accelerator)
     with torch.no_grad():
         latents = [vae.encode(to_pixels(clip)[None]).latent_dist.mode()[0].flatten(1) for clip in clips]
@@ -155,11 +166,9 @@ def test_statistics_over_clips_of_several_shapes() -> None:
     # Two ranks add up to one.
     shares = []
     for rank in (0, 1):
-        half = SimpleNamespace(
-            process_index=rank, num_processes=2, device="cpu", reduce=lambda s: shares.append(s) or s
-        )
+        half = Ranks(rank, 2, lambda s: shares.append(s) or s)
         measure_latents(vae, dataset, 3, half)
-    whole = SimpleNamespace(process_index=0, num_processes=1, device="cpu", reduce=lambda sums: sum(shares))
+    whole = Ranks(0, 1, lambda sums: sum(shares))
     np.testing.assert_allclose(measure_latents(vae, dataset, 1, whole), (mean, std), rtol=1e-9)
 
     vae.register_to_config(latents_mean=mean, latents_std=std)
@@ -172,7 +181,7 @@ def test_a_channel_that_never_changes_is_not_scaled() -> None:
     vae = tiny_vae()
     with torch.no_grad():
         vae.encoder.conv_out.weight[1] = 0
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, device="cpu", reduce=lambda sums: sums)
+    accelerator = Ranks(0, 1, lambda sums: sums)
     _, std = measure_latents(vae, [{"video": batch([0])["video"][0]}], 1, accelerator)
     assert std[1] == 1
     assert min(std) > 0

@@ -278,6 +278,21 @@ def test_the_loss_is_the_sum_of_the_logged_terms() -> None:
     assert last.grad.abs().sum() > 0
 
 
+def test_gradient_checkpointing_changes_nothing() -> None:
+    whole = objective(ping_pong_weight=0.7)
+    if not whole.vae._supports_gradient_checkpointing:
+        pytest.skip("AutoencoderKLSTGen has no gradient checkpointing yet")
+    results = []
+    for _ in range(2):
+        losses = whole(*inputs(), 8)
+        losses["loss"].backward()
+        results.append([*losses.values(), *(p.grad.clone() for p in whole.vae.parameters())])
+        whole.vae.zero_grad()
+        whole.vae.enable_gradient_checkpointing()
+    for kept, again in zip(*results, strict=True):
+        torch.testing.assert_close(kept, again, atol=1e-6, rtol=1e-4)
+
+
 def test_only_the_vae_is_trained_and_saved_by_it() -> None:
     names = {name.split(".")[0] for name in objective().state_dict()}
     assert names == {"vae"}
