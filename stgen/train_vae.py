@@ -274,7 +274,8 @@ def train_vae(config: TrainVAEConfig) -> None:
     adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
     if adversary is not None:  # it would find out when it begins
         side, least = min(min(row["height"], row["width"]) for row in dataset.rows), adversary.net.smallest
-        require(side >= least, "discriminator.layers", f"{side} pixels", f"frames of {least} pixels or more")
+        layers = f"{least} pixels or more with discriminator.layers={adversary.config.layers}"
+        require(side >= least, "smallest side of a clip", side, layers)
     validator = Validator(config, config.validation, accelerator) if config.validation else None
     if accelerator.is_main_process:
         begin_run(config)
