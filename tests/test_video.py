@@ -359,3 +359,17 @@ def test_difference():
     assert not video.difference(a[..., :1], np.repeat(a[..., :1], 3, axis=-1)).any()
     with pytest.raises(ValueError, match="the shape of a"):
         video.difference(a, b[:1])
+
+
+def test_h264_of_one_quality() -> None:
+    clip = gradient(9, 33, 48)
+    clips, sizes = zip(*(video.encode_h264(clip, 25, crf) for crf in (0, 20.5, 40, 51)), strict=True)
+    assert all(decoded.shape == clip.shape for decoded in clips)
+    qualities = [psnr(decoded, clip) for decoded in clips]
+    assert sorted(qualities, reverse=True) == qualities
+    assert qualities[0] > 45
+    assert sorted(sizes, reverse=True) == list(sizes)
+    assert sizes[-1] < 300, "without the hundreds of bytes in which x264 describes itself"
+    assert len(video.encode_h264(clip[:1], 25, 51)[0]) == 1
+    with pytest.raises(ValueError, match="crf is 52"):
+        video.encode_h264(clip, 25, 52)

@@ -1,2 +1,3 @@
 # The OpenSTL setting: two digits at 64x64.
-SIZE=64 DIGITS=2 CLIPS=${CLIPS:-10000}
+EXTRAS=demo CLIPS=${CLIPS:-10000} HELDOUT=${HELDOUT:-128}
+write_clips() { stgen data moving-mnist --size 64 --digits 2 "$@"; }

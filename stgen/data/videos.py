@@ -47,9 +47,7 @@ def shard_videos(
     for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
         require(value >= 1, name, value, "1 or more")
     videos, out = Path(videos), Path(out)
-    require(videos.is_dir(), "videos", str(videos), "a folder of videos")
-    paths = sorted(p for p in videos.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    require(len(paths) > 0, "videos", str(videos), f"a folder with files {', '.join(SUFFIXES)} at any depth")
+    paths = find_videos(videos)
     names: set[str] = set()
     dropped: Counter[str] = Counter()
     used = 0
@@ -59,7 +57,10 @@ def shard_videos(
             name = _unique(source.replace("/", "_").replace(".", "_"), names)
             clips = 0
             try:
-                caption, fps = _caption(path), 0.0
+                try:
+                    caption, fps = read_caption(path), 0.0
+                except ValueError as error:
+                    raise _Dropped("with an unreadable caption", detail=str(error)) from error
                 for frames in _cut(path, num_frames, height, width):
                     fps = fps or video.frame_rate(path)
                     clip = {"caption": caption, "fps": fps, "num_frames": num_frames, "height": height, "width": width}
@@ -93,16 +94,33 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _caption(path: Path) -> str:
+def find_videos(folder: str | Path) -> list[Path]:
+    """The video files below `folder`, at any depth, in sorted order.
+
+    Raises:
+        ValueError: no such folder, or none in it.
+    """
+    folder = Path(folder)
+    require(folder.is_dir(), "videos", str(folder), "a folder of videos")
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    require(len(paths) > 0, "videos", str(folder), f"a folder with files {', '.join(SUFFIXES)} at any depth")
+    return paths
+
+
+def read_caption(path: Path) -> str:
+    """The text of `NAME.txt` beside the video, or the "caption" of `NAME.json`, or "".
+
+    Raises:
+        ValueError: the file is not UTF-8, no JSON object, or its caption no text.
+    """
     text, data = path.with_suffix(".txt"), path.with_suffix(".json")
-    try:
-        if text.is_file():
-            return text.read_text(encoding="utf-8").strip()
-        caption = json.loads(data.read_text(encoding="utf-8")).get("caption", "") if data.is_file() else ""
-        require(isinstance(caption, str), "caption", caption, "a text")
-        return caption
-    except (ValueError, AttributeError) as error:
-        raise _Dropped("with an unreadable caption", detail=str(error)) from error
+    if text.is_file():
+        return text.read_text(encoding="utf-8").strip()
+    values = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
+    require(isinstance(values, dict), str(data), values, "a JSON object")
+    caption = values.get("caption", "")
+    require(isinstance(caption, str), "caption", caption, "a text")
+    return caption
 
 
 def _cut(path: Path, num_frames: int, height: int, width: int) -> Iterator[NDArray[np.uint8]]:
@@ -122,11 +140,22 @@ def _cut(path: Path, num_frames: int, height: int, width: int) -> Iterator[NDArr
         raise _Dropped(f"with fewer than {num_frames} frames left", len(clip))
 
 
+def covering_size(h: int, w: int, height: int, width: int) -> tuple[float, float]:
+    """The largest part of `h` x `w`, (rows, columns), that has the shape of `height` x `width`."""
+    return (w * height / width, w) if h * width > w * height else (h, h * width / height)
+
+
+def crop_and_resize(
+    frame: NDArray[np.uint8], top: int, left: int, rows: float, columns: float, height: int, width: int
+) -> NDArray[np.uint8]:
+    """A part of `h w 3`, brought to `height width 3` by bicubic interpolation, antialiased where it shrinks."""
+    # The corner is a whole pixel, so that a crop without shrinking copies.
+    box = (left, top, left + columns, top + rows)
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box))
+
+
 def _cover(frame: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """Shrinks the largest centred part of `h w 3` that has the shape of `height` x `width` to that size."""
     h, w, _ = frame.shape
-    box_h, box_w = (w * height / width, w) if h * width > w * height else (h, h * width / height)
-    # Whole pixels, so that a crop without shrinking copies them.
-    top, left = (h - box_h) // 2, (w - box_w) // 2
-    box = (left, top, left + box_w, top + box_h)
-    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box))
+    rows, columns = covering_size(h, w, height, width)
+    return crop_and_resize(frame, int((h - rows) // 2), int((w - columns) // 2), rows, columns, height, width)
