@@ -178,11 +178,16 @@ def reconstruct(
     clips: Annotated[int, typer.Option(help="clips to reconstruct; 0 takes all")] = 64,
     seed: Annotated[int, typer.Option(help="draws the clips")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    perceptual: Annotated[
+        Optional[str], typer.Option(help="network of a perceptual distance to measure as well: efficientnet_lite0")
+    ] = None,
 ) -> None:
     """Measures a VAE on clips it never saw, next to bicubic resampling and H.264 of equal size."""
+    from stgen.models.perceptual import PerceptualDistance
     from stgen.reconstruction import report_reconstruction
 
-    report_reconstruction(vae, data, out, clips=clips, seed=seed, device=device)
+    distance = PerceptualDistance(perceptual) if perceptual is not None else None
+    report_reconstruction(vae, data, out, clips=clips, seed=seed, device=device, distance=distance)
     print((Path(out) / "report.md").read_text())
 
 

@@ -274,14 +274,18 @@ def test_report(folders: tuple[str, str], tmp_path: Path) -> None:
 
 def test_the_verb(folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     arguments = ["--vae", folders[0], "--data", folders[1], "--out", str(tmp_path / "out"), "--clips", "1"]
-    monkeypatch.setattr("sys.argv", ["stgen", "reconstruct", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert not stop.value.code
-    assert "# Reconstruction of held-out clips" in capsys.readouterr().out
+    for more in ([], ["--perceptual", "efficientnet_lite0"]):
+        monkeypatch.setattr("sys.argv", ["stgen", "reconstruct", *arguments, *more])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        text = capsys.readouterr().out
+        assert "# Reconstruction of held-out clips" in text
+        assert ("perceptual |" in text) == bool(more)
     for changes, message in [
         (["--clips", "6"], "clips is 6, allowed: 0 (all) to 5"),
         (["--clips", "-1"], "clips is -1"),
+        (["--perceptual", "none"], "perceptual.network is 'none'"),
         (["--data", str(tmp_path / "none")], "allowed: a folder of shards"),
         (["--vae", str(tmp_path)], "allowed: a folder with a VAE's config.json"),
     ]:
