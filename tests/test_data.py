@@ -1,15 +1,22 @@
+import io
 import json
+import math
+import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from hypothesis import given
+from hypothesis import strategies as st
 
 from stgen.cli import main
 from stgen.data.moving_mnist import load_digits, make_clip, write_moving_mnist
-from stgen.data.reading import ClipDataset, DataConfig, clip_loader
-from stgen.data.shards import write_index
+from stgen.data.reading import Bucket, ClipDataset, ClipOrder, DataConfig, bucket_of_block, clip_loader, clip_shape
+from stgen.data.shards import ShardWriter, write_index
+from stgen.video import encode_video
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +102,184 @@ def test_workers_give_the_same_batches(shards: Path) -> None:
         a, b = next(alone), next(helped)
         assert a["position"] == b["position"]
         assert torch.equal(a["video"], b["video"])
+
+
+# --- Buckets ------------------------------------------------------------------------------------------------------
+
+SHAPES = {(9, 16, 16): 7, (5, 16, 24): 4, (1, 32, 32): 3}
+"""Shapes (num_frames, height, width) of the mixed folder, and how many clips it has of each."""
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three folders of shards: videos of two shapes and rates, and images; npy and mp4."""
+    folder = tmp_path_factory.mktemp("mixed")
+    for (t, h, w), clips in SHAPES.items():
+        with ShardWriter(folder / f"{t}x{h}x{w}") as writer:
+            for index in range(clips):
+                frames = np.random.default_rng([t, index]).integers(256, size=(t, h, w, 3), dtype=np.uint8)
+                clip = {"caption": f"a {index}", "num_frames": t, "height": h, "width": w, "source": "noise"}
+                buffer = io.BytesIO()
+                np.save(buffer, frames)
+                files = {"mp4": encode_video(frames, 2.0 * t)} if t != 5 else {"npy": buffer.getvalue()}
+                writer.write(f"{t}-{index}", {**clip, "fps": 2.0 * t}, **files)
+    write_index(folder)
+    return folder
+
+
+def mixed_config(folder: Path, block: int = 2, **keep: float) -> DataConfig:
+    buckets = [Bucket(*shape, keep=keep.get(f"keep_{shape[0]}", 1.0)) for shape in SHAPES]
+    return DataConfig(str(folder), buckets=buckets, block=block)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=9))
+def test_blocks_of_buckets_are_spread_by_weight(weights: list[int]) -> None:
+    """Random access agrees with counting, and no bucket is ever far from its share."""
+    total, far = sum(weights), math.ceil(math.log2(len(weights))) / 2
+    counts = [0] * len(weights)
+    for block in range(2 * total):
+        bucket, before = bucket_of_block(block, weights)
+        assert before == counts[bucket]
+        counts[bucket] += 1
+        assert all(abs(c * total - w * (block + 1)) <= far * total for c, w in zip(counts, weights, strict=True))
+        if (block + 1) % total == 0:
+            assert counts == [w * (block + 1) // total for w in weights]
+
+
+orders = st.builds(
+    lambda buckets, seed, block: ClipOrder([n for n, _ in buckets], seed, [k for _, k in buckets], block),
+    st.lists(st.tuples(st.integers(1, 9), st.sampled_from([1.0, 1.0, 0.5, 0.3])), min_size=1, max_size=4),
+    st.integers(0, 2**40),
+    st.integers(1, 4),
+)
+
+
+@given(orders, st.integers(0, 10**12))
+def test_no_clip_is_seen_again_before_the_others_of_its_bucket(order: ClipOrder, far: int) -> None:
+    counts = [[0] * n for n in order.sizes]
+    for position in range(4 * order.block * sum(order.sizes)):
+        bucket, clip = order[position]
+        counts[bucket][clip] += 1
+        assert max(counts[bucket]) - min(counts[bucket]) <= 1
+        # One block is one bucket, wherever a run begins.
+        assert order[position // order.block * order.block][0] == bucket
+    assert {order[far // order.block * order.block + i][0] for i in range(order.block)} == {order[far][0]}
+
+
+@given(orders, st.data())
+def test_every_clip_is_seen_equally_often(order: ClipOrder, data: st.DataObject) -> None:
+    """Exactly over whole cycles from the beginning; over as many positions from anywhere, give or take one."""
+    epoch = sum(n * round(10 * k) for n, k in zip(order.sizes, order.keep, strict=True))  # in tenths of a clip
+    cycle = order.block * epoch
+    start = data.draw(st.integers(0, cycle // order.block)) * order.block
+    for first, tolerance in ((0, 0), (start, 1)):
+        seen = Counter(order[first + i] for i in range(cycle))
+        for bucket, (n, keep) in enumerate(zip(order.sizes, order.keep, strict=True)):
+            expected = round(10 * keep) * order.block
+            assert all(abs(seen[bucket, clip] - expected) <= tolerance for clip in range(n))
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 5))
+def test_each_epoch_sees_each_clip_once_where_blocks_fit(blocks: list[int], block: int, epoch: int) -> None:
+    order = ClipOrder([n * block for n in blocks], 3, block=block)
+    clips = sum(order.sizes)
+    assert len({order[epoch * clips + i] for i in range(clips)}) == clips
+
+
+def test_a_far_position_takes_no_scan() -> None:
+    order = ClipOrder([50_000, 999, 7], 3, [1.0, 0.3, 0.01], block=8)
+    begin = time.perf_counter()
+    assert [order[p][0] for p in range(10**15, 10**15 + 8)] == [order[10**15][0]] * 8
+    assert time.perf_counter() - begin < 0.1
+
+
+def test_golden_order_of_buckets() -> None:
+    order = ClipOrder([7, 4, 3], 7, [1.0, 1.0, 0.5], block=2)
+    buckets, clips = zip(*(order[p] for p in range(26)), strict=True)
+    assert "".join(map(str, buckets)) == "00110022001100110000110022"
+    assert "".join(map(str, clips)) == "14325610200136314231025020"
+
+
+def test_one_bucket_is_the_folder_of_one_shape(shards: Path) -> None:
+    plain = ClipDataset(config(shards), seed=7)
+    bucket = ClipDataset(DataConfig(str(shards), buckets=[Bucket(20, 32, 32)]), seed=7)
+    assert [plain.row(p) for p in range(50)] == [bucket.row(p) for p in range(50)]
+    for batch_size in (3, 16):  # nothing to mix, so any size
+        assert next(clip_loader(bucket, 0, batch_size, 0))["position"] == list(range(batch_size))
+
+
+def test_batches_do_not_mix_shapes_and_lose_nothing(mixed: Path) -> None:
+    dataset = ClipDataset(mixed_config(mixed), seed=7)
+    assert len(dataset) == 14
+    loader, seen = clip_loader(dataset, 0, 2, 0), Counter()
+    for _ in range(14):  # two epochs, since blocks of 2 do not divide 7 and 3
+        batch = next(loader)
+        rows = [dataset.row(position) for position in batch["position"]]
+        assert {clip_shape(row) for row in rows} == {tuple(batch["video"].shape[2:])}
+        assert batch["fps"].tolist() == [2.0 * batch["video"].shape[2]] * 2
+        assert batch["caption"] == [row["caption"] for row in rows]
+        seen.update((row["shard"], row["key"]) for row in rows)
+    assert len(seen) == 14
+    assert set(seen.values()) == {2}
+
+
+def test_order_of_buckets_does_not_depend_on_ranks_workers_or_batch_size(mixed: Path) -> None:
+    dataset = ClipDataset(mixed_config(mixed, block=4), seed=7)
+
+    def take(start: int, batch: int, world: int, workers: int = 0) -> list[tuple[int, torch.Tensor]]:
+        loaders = [clip_loader(dataset, start, batch, workers, rank, world) for rank in range(world)]
+        batches = [next(loader) for _ in range(24 // batch // world) for loader in loaders]
+        return [pair for b in batches for pair in zip(b["position"], b["video"], strict=True)]
+
+    expected = take(0, 4, 1)
+    assert len({clip.shape for _, clip in expected}) == 3
+    for other in (take(0, 4, 2), take(0, 2, 2), take(0, 1, 3), take(0, 2, 1, workers=2)):
+        for (p, clip), (q, same) in zip(expected, other, strict=True):
+            assert p == q
+            assert torch.equal(clip, same)
+    resumed = take(12, 4, 1)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(expected[12:], resumed, strict=False))
+
+
+def test_keep_sees_a_share_of_a_bucket(mixed: Path) -> None:
+    dataset = ClipDataset(mixed_config(mixed, keep_9=0.1, keep_1=0.5), seed=7)
+    # An epoch is 7 * 0.1 + 4 + 3 * 0.5 = 6.2 clips; these are 20.
+    counts = Counter(clip_shape(dataset.row(p)) for p in range(124))
+    assert counts == {(9, 16, 16): 14, (5, 16, 24): 80, (1, 32, 32): 30}
+
+
+def test_bad_buckets_are_refused_before_training(mixed: Path, shards: Path) -> None:
+    two = [Bucket(9, 16, 16), Bucket(5, 16, 24)]
+    with pytest.raises(
+        ValueError, match=r"3 of 14 clips are not of .* = \(9, 16, 16\) or \(5, 16, 24\); .* 1-0, is \(1, 32"
+    ):
+        ClipDataset(DataConfig(str(mixed), buckets=two))
+    with pytest.raises(ValueError, match=r"data.buckets is \(4, 8, 8\), allowed: .* have: 10 of \(20, 32, 32\)"):
+        ClipDataset(DataConfig(str(shards), buckets=[Bucket(4, 8, 8), Bucket(20, 32, 32)]))
+    dataset = ClipDataset(mixed_config(mixed, block=4))
+    with pytest.raises(ValueError, match=r"batch_size is 8, allowed: a divisor of data.block=4"):
+        clip_loader(dataset, 0, 8, 0)
+    with pytest.raises(ValueError, match=r"start is 6, allowed: a multiple of batch_size=4"):
+        clip_loader(dataset, 6, 4, 0)
+    for bucket, message in (
+        ({"num_frames": 0}, "data.buckets.num_frames is 0, allowed: 1 or more"),
+        ({"keep": 0.0}, "data.buckets.keep is 0.0, allowed: above 0, up to 1"),
+        ({"keep": 1.5}, "data.buckets.keep is 1.5"),
+        ({"keep": math.nan}, "data.buckets.keep is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Bucket(**({"num_frames": 9, "height": 16, "width": 16} | bucket))
+    for changes, message in (
+        ({"buckets": []}, "at least one bucket"),
+        ({"buckets": [*two, Bucket(9, 16, 16, 0.5)]}, r"data.buckets is \(9, 16, 16\), allowed: every .* once"),
+        ({"buckets": two, "block": 0}, "data.block is 0"),
+        ({"block": 8}, "data.block is 8, allowed: null without data.buckets"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DataConfig("data", **changes)
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------------
 
 
 def run(*arguments: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:

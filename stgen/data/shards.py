@@ -101,15 +101,19 @@ def index_shard(shard: str | Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def write_index(folder: str | Path, shards: list[Path]) -> None:
-    """Indexes `shards` into `folder/index.jsonl`, written aside and renamed."""
+def write_index(folder: str | Path, shards: list[Path] | None = None) -> None:
+    """Indexes `shards`, by default every tar below the folder, into `folder/index.jsonl`, written aside and renamed.
+
+    Shards may lie in subfolders, as those of several shapes do.
+    """
+    shards = sorted(Path(folder).rglob("*.tar")) if shards is None else shards
     require(len(shards) > 0, "shards", str(folder), "at least one shard in the folder")
     target = Path(folder) / INDEX
     temporary = target.with_suffix(".tmp")
     with temporary.open("w") as file:
         for shard in shards:
             for row in index_shard(shard):
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | {"shard": shard.relative_to(folder).as_posix()}) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)
