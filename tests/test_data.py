@@ -1,6 +1,8 @@
 import io
 import json
 import math
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,12 +11,25 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from accelerate.state import AcceleratorState
+from conftest import tiny_text_encoder, tiny_vae
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from stgen import AutoencoderKLSTGen, STGenPipeline, train, train_vae
 from stgen.cli import main
 from stgen.data.moving_mnist import load_digits, make_clip, write_moving_mnist
-from stgen.data.reading import Bucket, ClipDataset, ClipOrder, DataConfig, bucket_of_block, clip_loader, clip_shape
+from stgen.data.reading import (
+    Bucket,
+    ClipDataset,
+    ClipOrder,
+    DataConfig,
+    bucket_of_block,
+    clip_loader,
+    clip_shape,
+    decode_clip,
+)
 from stgen.data.shards import ShardWriter, write_index
 from stgen.video import encode_video
 
@@ -279,6 +294,76 @@ def test_bad_buckets_are_refused_before_training(mixed: Path, shards: Path) -> N
             DataConfig("data", **changes)
 
 
+# --- Clips of one frame -------------------------------------------------------------------------------------------
+
+
+def image_file(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_images_are_clips_of_one_frame(tmp_path: Path) -> None:
+    """Whatever a folder of images holds comes out upright, in RGB, and with transparency on black."""
+    pixels = np.random.default_rng(0).integers(256, size=(6, 10, 4), dtype=np.uint8)
+    rgb, rgba = Image.fromarray(pixels[..., :3]), Image.fromarray(pixels)
+    grey, palette = rgb.convert("L"), rgb.quantize(16)
+    turned, exif = rgb.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise
+    smooth = Image.fromarray(np.linspace(0, 255, 60).astype(np.uint8).reshape(6, 10)).convert("RGB")
+    images = {
+        "rgb": ("png", image_file(rgb, "PNG"), np.asarray(rgb)),
+        "webp": ("webp", image_file(rgb, "WEBP", lossless=True), np.asarray(rgb)),
+        "grey": ("png", image_file(grey, "PNG"), np.asarray(grey.convert("RGB"))),
+        "palette": ("png", image_file(palette, "PNG"), np.asarray(palette.convert("RGB"))),
+        "alpha": ("png", image_file(rgba, "PNG"), np.round(pixels[..., :3] * (pixels[..., 3:] / 255))),
+        "turned": ("png", image_file(turned, "PNG", exif=exif), np.asarray(rgb)),
+        "jpeg": ("jpg", image_file(smooth, "JPEG", quality=100, subsampling=0), np.asarray(smooth)),
+    }
+    with ShardWriter(tmp_path) as writer:
+        for name, (extension, data, _) in images.items():
+            clip = {"caption": name, "fps": 1, "num_frames": 1, "height": 6, "width": 10, "source": name}
+            writer.write(name, clip, **{extension: data})
+    dataset = ClipDataset(DataConfig(str(tmp_path), 1, 6, 10), shuffle=False)
+    for index, (name, (_, _, expected)) in enumerate(images.items()):
+        frame = dataset[index]["video"][:, 0].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(frame, expected, atol=3 if name == "jpeg" else 0, err_msg=name)
+
+
+def test_clips_that_cannot_be_decoded_are_named() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8))
+    png, archive, pickled = image_file(image, "PNG"), io.BytesIO(), io.BytesIO()
+    np.savez(archive, frames=np.zeros((1, 4, 4, 3), np.uint8))
+    np.save(pickled, np.array([{"a": 1}]), allow_pickle=True)
+    deep = image_file(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG")
+    animated = image_file(image, "WEBP", save_all=True, append_images=[image.rotate(90)])
+    for files, message in (
+        ({"png": png[: len(png) // 2]}, "cannot be read as an image"),
+        ({"jpg": b"no image"}, "cannot be read as an image"),
+        ({"webp": animated}, "image is 'WEBP of 2 frames', allowed: a single one"),
+        ({"png": deep}, "image mode is 'I;16', allowed: 8 bits a colour"),
+        ({"npy": archive.getvalue()}, "magic string"),
+        ({"npy": pickled.getvalue()}, "allow_pickle=False"),
+        ({"mp4": b"no video"}, "cannot be read as a video"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_clip(files)
+
+
+def test_an_index_of_other_shards_is_noticed(shards: Path, tmp_path: Path) -> None:
+    """The json that travels with a clip must say what the index says."""
+    (tmp_path / "shard-000000.tar").write_bytes((shards / "shard-000000.tar").read_bytes())
+    rows = [json.loads(line) for line in (shards / "index.jsonl").read_text().splitlines()]
+    for change in (
+        {"caption": "another"},
+        {"fps": 3},
+        {"files": {**rows[0]["files"], "json": rows[0]["files"]["npy"]}},
+    ):
+        (tmp_path / "index.jsonl").write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+        with pytest.raises(ValueError, match=r"sample \d+ of shard-000000.tar: "):
+            ClipDataset(config(tmp_path))[0]
+
+
 # --- Refusals -----------------------------------------------------------------------------------------------------
 
 
@@ -326,3 +411,109 @@ def test_foreign_shards_can_be_indexed(shards: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
     assert [row["shard"] for row in rows] == ["a.tar"] * 10
     assert torch.equal(ClipDataset(config(tmp_path))[0]["video"], ClipDataset(config(shards))[0]["video"])
+
+
+# --- Both trainers, for real --------------------------------------------------------------------------------------
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny VAE and text encoder."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer, encoder = tiny_text_encoder(folder)
+    for part, name in ((tokenizer, "text"), (encoder, "text"), (tiny_vae(), "vae")):
+        part.save_pretrained(folder / name)
+    return folder
+
+
+def buckets_argument(folder: Path) -> list[str]:
+    shapes = [f"{{num_frames: {t}, height: {h}, width: {w}}}" for t, h, w in SHAPES]
+    return [f"data.path={folder}", f"data.buckets=[{', '.join(shapes)}]", "data.block=4"]
+
+
+def arguments(world: Path, mixed: Path, run: str, *overrides: str) -> list[str]:
+    small = ["num_attention_heads=2", "attention_head_dim=12", "num_layers=1", "pattern=st"]
+    paths = [f"run={world}/{run}", f"vae={world}/vae", f"text_encoder={world}/text"]
+    fixed = ["samples=32", "batch_size=4", "log_every=1", "checkpoint_every=2", "optimizer.warmup=0"]
+    config = ["--config", str(REPOSITORY / "configs" / "moving_mnist_32" / "transformer.yaml")]
+    return [*config, *paths, *fixed, *(f"model.{s}" for s in small), *buckets_argument(mixed), *overrides]
+
+
+def train_here(*arguments: str) -> None:
+    """stgen/train.py in this process, on one thread."""
+    try:
+        train.main(arguments)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(1)
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {row["samples"]: row["loss"] for row in rows}
+
+
+@pytest.mark.slow
+def test_training_on_buckets_resumes_bit_identically(world: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")  # whatever was chosen is kept
+    train_here(*arguments(world, mixed, "whole"))
+    expected = losses(world / "whole")
+    assert list(expected) == list(range(4, 33, 4))
+    order = ClipOrder(list(SHAPES.values()), 0, block=4)
+    assert {order[samples - 1][0] for samples in expected if samples <= 20} == {0, 1, 2}
+
+    class Killed(BaseException):
+        pass
+
+    original = ClipDataset.__getitem__
+
+    def read_or_die(self: ClipDataset, position: int) -> dict:
+        if position >= 22:  # in the sixth step; the newest checkpoint is the fourth's
+            raise Killed
+        return original(self, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipDataset, "__getitem__", read_or_die)
+        with pytest.raises(Killed):
+            train_here(*arguments(world, mixed, "cut"))
+    assert max(losses(world / "cut")) == 20
+    train_here(*arguments(world, mixed, "cut"))
+    assert losses(world / "cut") == expected
+
+    # With half the batch twice, it is the same run; with another order it is refused.
+    train_here(*arguments(world, mixed, "accumulated", "batch_size=2", "accumulate=2"))
+    assert losses(world / "accumulated") == pytest.approx(expected, rel=2e-4)
+    with pytest.raises(SystemExit):
+        train_here(*arguments(world, mixed, "cut", "data.block=8", "samples=64"))
+
+    pipeline = STGenPipeline.from_pretrained(world / "whole" / "export")
+    size = pipeline.transformer.config
+    assert (size.sample_frames, size.sample_height, size.sample_width, size.sample_fps) == (9, 16, 16, 18.0)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_buckets_as_one(world: Path, mixed: Path) -> None:
+    """Each process has its own shape at times: blocks of 4, batches of 4, two processes."""
+    train_here(*arguments(world, mixed, "one", "batch_size=4", "accumulate=2"))
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    strategy = ["--config_file", str(REPOSITORY / "configs" / "accelerate" / "ddp_cpu.yaml")]
+    command = [*launch, *strategy, str(REPOSITORY / "stgen" / "train.py"), *arguments(world, mixed, "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert losses(world / "two") == pytest.approx(losses(world / "one"), rel=2e-4)
+
+
+@pytest.mark.slow
+def test_the_vae_trains_on_buckets(world: Path, mixed: Path) -> None:
+    config = ["--config", str(REPOSITORY / "configs" / "moving_mnist_32" / "vae.yaml"), f"run={world}/trained_vae"]
+    small = ["model.block_out_channels=[8,16,16]", "model.latent_channels=4", "window=null"]
+    steps = ["samples=32", "batch_size=4", "statistics_clips=28", "log_every=1"]
+    try:
+        train_vae.main([*config, *small, *steps, *buckets_argument(mixed)])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.set_num_threads(1)
+    assert all(math.isfinite(loss) for loss in losses(world / "trained_vae").values())
+    assert min(AutoencoderKLSTGen.from_pretrained(world / "trained_vae" / "export").config.latents_std) > 0

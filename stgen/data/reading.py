@@ -27,12 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stgen import video
 from stgen.config import require
-from stgen.data.shards import read_index
+from stgen.data.shards import CLIP_FILES, IMAGE_FILES, read_index
 
 
 @dataclass
@@ -170,14 +171,39 @@ class ClipOrder:
 # --- The clips ----------------------------------------------------------------------------------------------------
 
 
+def decode_image(data: bytes) -> NDArray[np.uint8]:
+    """The frame of an image file, uint8 `1 h w 3`: upright and with transparency on black, as those of a video are.
+
+    Raises:
+        ValueError: the bytes are no whole PNG, JPEG or WebP, an animation, or of more than 8 bits a colour.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            # A phone's photo (MPO) carries further pictures, but is no animation.
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+            require(not animated, "image", f"{image.format} of {getattr(image, 'n_frames', 1)} frames", "a single one")
+            require(image.mode[0] not in "IF", "image mode", image.mode, "8 bits a colour")
+            rgba = np.asarray(ImageOps.exif_transpose(image).convert("RGBA"), np.uint16)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot be read as an image: {error}") from error
+    return ((rgba[None, ..., :3] * rgba[None, ..., 3:] + 127) // 255).astype(np.uint8)
+
+
 def decode_clip(files: dict[str, bytes]) -> NDArray[np.uint8]:
-    """A sample's frames, uint8 `t h w 3`; grey clips are repeated to RGB."""
-    if "npy" in files:
-        frames = np.load(io.BytesIO(files["npy"]), allow_pickle=False)
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
-            raise ValueError(f"npy holds {frames.dtype} {frames.shape}, allowed: uint8 t h w c with c of 1 or 3")
-        return np.broadcast_to(frames, (*frames.shape[:3], 3)) if frames.shape[-1] == 1 else frames
-    return video.read_video(files["mp4"] if "mp4" in files else files["mkv"])[0]
+    """A sample's frames, uint8 `t h w 3`; grey clips are repeated to RGB.
+
+    Raises:
+        ValueError: the clip cannot be decoded.
+    """
+    extension = next(name for name in CLIP_FILES if name in files)
+    if extension in IMAGE_FILES:
+        return decode_image(files[extension])
+    if extension != "npy":
+        return video.read_video(files[extension])[0]
+    frames = np.lib.format.read_array(io.BytesIO(files["npy"]), allow_pickle=False)
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
+        raise ValueError(f"npy holds {frames.dtype} {frames.shape}, allowed: uint8 t h w c with c of 1 or 3")
+    return np.broadcast_to(frames, (*frames.shape[:3], 3)) if frames.shape[-1] == 1 else frames
 
 
 def clip_shape(row: dict[str, Any]) -> tuple[int, int, int]:
@@ -227,12 +253,12 @@ class ClipDataset(Dataset):
                 files[extension] = shard.read(size)
         try:
             # The json travels with the clip, so it tells whether index and shard still belong together.
-            if json.loads(files["json"])["caption"] != row["caption"]:
+            if row | json.loads(files["json"]) != row:
                 raise ValueError("index and shard do not match")
             frames = decode_clip(files)
             if frames.shape[:3] != clip_shape(row):
                 raise ValueError(f"holds {frames.shape[:3]}, its index says {clip_shape(row)}")
-        except (ValueError, EOFError) as error:
+        except (ValueError, TypeError, EOFError) as error:
             raise ValueError(f"data {self.folder}: sample {row['key']} of {row['shard']}: {error}") from error
         clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
         return {"video": clip, "caption": row["caption"], "fps": float(row["fps"]), "position": position}
