@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
+import yaml
 from accelerate.state import AcceleratorState
 from conftest import tiny_text_encoder, tiny_vae
 from hypothesis import given
@@ -19,6 +20,7 @@ from PIL import Image
 
 from stgen import AutoencoderKLSTGen, STGenPipeline, train, train_vae
 from stgen.cli import main
+from stgen.config import load_config, save_config
 from stgen.data.moving_mnist import load_digits, make_clip, write_moving_mnist
 from stgen.data.reading import (
     Bucket,
@@ -32,6 +34,8 @@ from stgen.data.reading import (
 )
 from stgen.data.shards import ShardWriter, write_index
 from stgen.video import encode_video
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +298,34 @@ def test_bad_buckets_are_refused_before_training(mixed: Path, shards: Path) -> N
             DataConfig("data", **changes)
 
 
+def test_the_readme_names_buckets_that_load(tmp_path: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text().partition("## Your own videos")[2]
+    example = text[text.index("    data:\n") :].partition("\n\n")[0]
+    for name, schema in (("vae", train_vae.TrainVAEConfig), ("transformer", train.TrainConfig)):
+        shipped = yaml.safe_load((REPOSITORY / "configs" / "moving_mnist_64" / f"{name}.yaml").read_text())
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(shipped | yaml.safe_load(example)))
+        loaded = load_config(schema, tmp_path / "config.yaml")
+        assert loaded.data.buckets == [Bucket(20, 64, 96), Bucket(40, 48, 48, keep=0.5)]
+        assert (loaded.data.num_frames, loaded.data.height, loaded.data.width) == (20, 64, 96)
+        assert loaded.data.block % loaded.batch_size == 0
+        save_config(loaded, tmp_path / "saved.yaml")
+        assert load_config(schema, tmp_path / "saved.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.buckets=[{num_frames: 9, height: 16}]", "width"),
+        ("data.buckets=[{num_frames: 9, height: 16, width: 16, batch_size: 4}]", "batch_size"),
+        ("data.buckets=[{num_frames: 9, height: 16, width: 16, keep: 0}]", "data.buckets.keep is 0.0"),
+    ],
+)
+def test_mistakes_in_buckets_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(train.TrainConfig, REPOSITORY / "configs" / "moving_mnist_32" / "transformer.yaml", [override])
+    assert "\n" not in str(error.value)
+
+
 # --- Clips of one frame -------------------------------------------------------------------------------------------
 
 
@@ -414,8 +446,6 @@ def test_foreign_shards_can_be_indexed(shards: Path, tmp_path: Path) -> None:
 
 
 # --- Both trainers, for real --------------------------------------------------------------------------------------
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

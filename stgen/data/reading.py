@@ -48,7 +48,8 @@ class Bucket:
     width: int
     """Width of a frame in pixels."""
     keep: float = 1.0
-    """Share of the bucket's clips that an epoch sees, above 0 up to 1: at 0.5 every other epoch sees a clip."""
+    """Share of the bucket's clips that an epoch sees, above 0 up to 1. Nothing is drawn anew for an epoch, as Open-Sora
+    does: at 0.5 one epoch sees one half of the clips, and the next the other."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
@@ -77,7 +78,8 @@ class DataConfig:
     """Loader processes of each rank; 0 loads in the training process."""
     buckets: list[Bucket] | None = None
     """The shapes of clips, if there are several; every clip must have one of them. `num_frames`, `height` and `width`
-    follow from them: they become those of the bucket with the most pixels, and so the defaults of the trained pipeline."""
+    follow from them: they become those of the bucket with the most pixels, and so the defaults of the trained pipeline.
+    All share one `batch_size`, since positions, steps and the learning rate count clips."""
     block: int | None = None
     """With `buckets`: how many clips in a row are of one bucket, 8 if null. `batch_size` must divide it. The order of clips
     follows from it, not from `batch_size`; with `batch_size` times the processes, all of them have one shape at a time."""
