@@ -33,7 +33,7 @@ from stgen.data.reading import (
     decode_clip,
 )
 from stgen.data.shards import ShardWriter, write_index
-from stgen.video import encode_video
+from stgen.video import encode_video, write_video
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -214,6 +214,7 @@ def test_a_far_position_takes_no_scan() -> None:
 
 def test_golden_order_of_buckets() -> None:
     order = ClipOrder([7, 4, 3], 7, [1.0, 1.0, 0.5], block=2)
+    assert order.weights == [14, 8, 3]
     buckets, clips = zip(*(order[p] for p in range(26)), strict=True)
     assert "".join(map(str, buckets)) == "00110022001100110000110022"
     assert "".join(map(str, clips)) == "14325610200136314231025020"
@@ -267,6 +268,15 @@ def test_keep_sees_a_share_of_a_bucket(mixed: Path) -> None:
     assert counts == {(9, 16, 16): 14, (5, 16, 24): 80, (1, 32, 32): 30}
 
 
+def test_unshuffled_positions_are_each_clip_once(mixed: Path) -> None:
+    dataset = ClipDataset(mixed_config(mixed, block=8, keep_9=0.1), shuffle=False)
+    rows = [dataset.row(position) for position in range(len(dataset))]
+    assert sorted(map(str, rows)) == sorted(map(str, dataset.rows))
+    assert len({clip_shape(row) for row in rows[:4]}) == 3
+    for shape in SHAPES:
+        assert [r for r in rows if clip_shape(r) == shape] == [r for r in dataset.rows if clip_shape(r) == shape]
+
+
 def test_bad_buckets_are_refused_before_training(mixed: Path, shards: Path) -> None:
     two = [Bucket(9, 16, 16), Bucket(5, 16, 24)]
     with pytest.raises(
@@ -296,6 +306,29 @@ def test_bad_buckets_are_refused_before_training(mixed: Path, shards: Path) -> N
     ):
         with pytest.raises(ValueError, match=message):
             DataConfig("data", **changes)
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["stgen", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0), capsys.readouterr().err
+
+
+def test_shapes_are_written_into_folders_of_their_own(tmp_path: Path, capsys, monkeypatch) -> None:
+    """The commands of the README: one folder of videos, two shapes of clips, one index over both."""
+    (tmp_path / "videos").mkdir()
+    frames = np.random.default_rng(0).integers(256, size=(21, 48, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "videos" / "one.mp4", frames, 10)
+    for name, shape in (("wide", (9, 16, 32)), ("long", (20, 16, 16))):
+        sizes = [f"--{side}={n}" for side, n in zip(("num-frames", "height", "width"), shape, strict=True)]
+        folders = ["--videos", str(tmp_path / "videos"), "--out", str(tmp_path / "shards" / name)]
+        assert run("data", "shard", *folders, *sizes, capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    assert run("data", "index", "--shards", str(tmp_path / "shards"), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
+    buckets = [Bucket(9, 16, 32), Bucket(20, 16, 16)]
+    dataset = ClipDataset(DataConfig(str(tmp_path / "shards"), buckets=buckets), shuffle=False)
+    shapes = Counter(tuple(dataset[position]["video"].shape) for position in range(len(dataset)))
+    assert shapes == {(3, 9, 16, 32): 2, (3, 20, 16, 16): 1}
 
 
 def test_the_readme_names_buckets_that_load(tmp_path: Path) -> None:
@@ -350,6 +383,11 @@ def test_images_are_clips_of_one_frame(tmp_path: Path) -> None:
         "palette": ("png", image_file(palette, "PNG"), np.asarray(palette.convert("RGB"))),
         "alpha": ("png", image_file(rgba, "PNG"), np.round(pixels[..., :3] * (pixels[..., 3:] / 255))),
         "turned": ("png", image_file(turned, "PNG", exif=exif), np.asarray(rgb)),
+        "phone": (
+            "jpg",
+            image_file(smooth, "MPO", save_all=True, append_images=[smooth], quality=100),
+            np.asarray(smooth),
+        ),
         "jpeg": ("jpg", image_file(smooth, "JPEG", quality=100, subsampling=0), np.asarray(smooth)),
     }
     with ShardWriter(tmp_path) as writer:
@@ -357,9 +395,9 @@ def test_images_are_clips_of_one_frame(tmp_path: Path) -> None:
             clip = {"caption": name, "fps": 1, "num_frames": 1, "height": 6, "width": 10, "source": name}
             writer.write(name, clip, **{extension: data})
     dataset = ClipDataset(DataConfig(str(tmp_path), 1, 6, 10), shuffle=False)
-    for index, (name, (_, _, expected)) in enumerate(images.items()):
+    for index, (name, (extension, _, expected)) in enumerate(images.items()):
         frame = dataset[index]["video"][:, 0].permute(1, 2, 0).numpy()
-        np.testing.assert_allclose(frame, expected, atol=3 if name == "jpeg" else 0, err_msg=name)
+        np.testing.assert_allclose(frame, expected, atol=3 if extension == "jpg" else 0, err_msg=name)
 
 
 def test_clips_that_cannot_be_decoded_are_named() -> None:
@@ -397,13 +435,6 @@ def test_an_index_of_other_shards_is_noticed(shards: Path, tmp_path: Path) -> No
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------
-
-
-def run(*arguments: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
-    monkeypatch.setattr("sys.argv", ["stgen", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0), capsys.readouterr().err
 
 
 def test_bad_data_is_one_line(shards: Path, tmp_path: Path, capsys, monkeypatch) -> None:

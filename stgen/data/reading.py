@@ -7,7 +7,7 @@ blocks of a bucket are spread evenly by its share of the clips. It follows that
 
 - no clip is seen twice before all others of its bucket were seen once, whatever does not fill the last batch included;
 - every clip of every bucket is seen equally often: each bucket is at any time within ceil(log2 buckets) / 2 blocks of its
-  share, and all are exact after every `data.block` epochs of the folder; after each one, if the block divides all buckets.
+  share, and, where all is kept, exact after every `data.block` epochs of the folder: after each, if it divides all buckets.
 
 Ranks take turns batch by batch, so the sequence of samples does not depend on how many there are, every rank has the same
 number of steps, and to resume is to start at another position: no scan, no replay. Shards stay plain WebDataset tars;
@@ -216,6 +216,10 @@ def clip_shape(row: dict[str, Any]) -> tuple[int, int, int]:
 class ClipDataset(Dataset):
     """Clips by position: `dataset[p]` is `{"video": uint8 c t h w, "caption": str, "fps": frames/s, "position": p}`.
 
+    Args:
+        shuffle: True is the order of training. False is for looking at the clips one by one: the first `len(dataset)`
+            positions are each clip once, as the index has them, with the shapes taking turns.
+
     Raises:
         ValueError: the folder is unusable, a clip fits no bucket, or a bucket has no clips.
     """
@@ -238,8 +242,11 @@ class ClipDataset(Dataset):
         for shape, rows in members.items():
             require(len(rows) > 0, "data.buckets", shape, f"shapes that clips of {config.path} have: {found}")
         self.buckets = list(members.values())
-        keep, sizes = [bucket.keep for bucket in buckets], [len(rows) for rows in self.buckets]
-        self.order = ClipOrder(sizes, seed, keep, config.block or 1, shuffle)
+        sizes = [len(rows) for rows in self.buckets]
+        if shuffle:
+            self.order = ClipOrder(sizes, seed, [bucket.keep for bucket in buckets], config.block or 1)
+        else:
+            self.order = ClipOrder(sizes, seed, shuffle=False)
 
     def row(self, position: int) -> dict[str, Any]:
         """The index row of the sample at `position`."""
