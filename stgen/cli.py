@@ -61,11 +61,11 @@ def shard(
 
 
 @data.command("index")
-def index(shards: Annotated[Path, typer.Option(help="folder of WebDataset tars written elsewhere")]) -> None:
+def index(shards: Annotated[Path, typer.Option(help="folder of WebDataset tars, at any depth")]) -> None:
     """Indexes existing WebDataset shards, so that they can be trained on."""
     from stgen.data.shards import write_index
 
-    write_index(shards, sorted(shards.glob("*.tar")))
+    write_index(shards)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
-from stgen.data.reading import ClipDataset, fold_seed, to_pixels
+from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, fold_mask, hide
 from stgen.models.latents import VideoVAE, compression_ratios, encode, latent_channels, load_vae
@@ -174,7 +174,9 @@ def train(config: TrainConfig) -> None:
     accelerator.wait_for_everyone()
     text = TextCache(cache)
 
-    net = make_model(config, vae, text.dim, fps=statistics.median(float(row["fps"]) for row in dataset.rows))
+    largest = (config.data.num_frames, config.data.height, config.data.width)
+    fps = statistics.median(float(row["fps"]) for row in dataset.rows if clip_shape(row) == largest)
+    net = make_model(config, vae, text.dim, fps)
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()
 

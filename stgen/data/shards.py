@@ -1,9 +1,9 @@
 """Writing clip shards, and the index that makes them addressable.
 
-A data folder holds plain WebDataset shards, which any WebDataset reader opens, and one `index.jsonl`. A sample is
-`KEY.mp4` (or `KEY.npy`, uint8 `t h w c`) and `KEY.json` `{caption, fps, num_frames, height, width, source}`. An index row
-repeats the json and says where each file lies, `{key, shard, files: {ext: [offset, size]}, ...}`, so that counts and
-captions need no scan, and any sample is one `seek` away.
+A data folder holds plain WebDataset shards, which any WebDataset reader opens, and one `index.jsonl`. A sample is its clip,
+`KEY.mp4` or another of `CLIP_FILES` (npy: uint8 `t h w c`; an image is a clip of one frame), and `KEY.json` `{caption, fps,
+num_frames, height, width, source}`. An index row repeats the json and says where each file lies, `{key, shard, files:
+{ext: [offset, size]}, ...}`, so that counts and captions need no scan, and any sample is one `seek` away.
 """
 
 import json
@@ -19,6 +19,8 @@ import webdataset as wds
 from stgen.config import require
 
 INDEX = "index.jsonl"
+IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
+CLIP_FILES = ("npy", "mp4", "mkv", *IMAGE_FILES)
 CLIP_FIELDS = ("caption", "fps", "num_frames", "height", "width", "source")
 
 
@@ -95,21 +97,25 @@ def index_shard(shard: str | Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"shard {shard} is empty")
     for row in samples.values():
         missing = [name for name in CLIP_FIELDS if name not in row]
-        if missing or not row["files"].keys() & {"mp4", "mkv", "npy"}:
-            lacks = ", ".join(missing) if missing else "a clip (mp4, mkv or npy)"
+        if missing or not row["files"].keys() & set(CLIP_FILES):
+            lacks = ", ".join(missing) if missing else f"a clip ({', '.join(CLIP_FILES)})"
             raise ValueError(f"shard {shard}: sample {row['key']} lacks {lacks}")
         yield row
 
 
-def write_index(folder: str | Path, shards: list[Path]) -> None:
-    """Indexes `shards` into `folder/index.jsonl`, written aside and renamed."""
+def write_index(folder: str | Path, shards: list[Path] | None = None) -> None:
+    """Indexes `shards`, by default every tar below the folder, into `folder/index.jsonl`, written aside and renamed.
+
+    Shards may lie in subfolders, as those of several shapes do.
+    """
+    shards = sorted(Path(folder).rglob("*.tar")) if shards is None else shards
     require(len(shards) > 0, "shards", str(folder), "at least one shard in the folder")
     target = Path(folder) / INDEX
     temporary = target.with_suffix(".tmp")
     with temporary.open("w") as file:
         for shard in shards:
             for row in index_shard(shard):
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(row | {"shard": shard.relative_to(folder).as_posix()}) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)
