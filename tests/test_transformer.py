@@ -15,7 +15,18 @@ from hypothesis import strategies as st
 
 from stgen import STGenTransformer3DModel
 from stgen.masks import fold_mask
-from stgen.models.attention import AXES, PREDFORMER, GivenCache, Skips, Windows, group_mask, parse_pattern
+from stgen.models.attention import (
+    AXES,
+    PREDFORMER,
+    GivenCache,
+    Linear,
+    Skips,
+    STGenAttnProcessor,
+    STGenCrossAttention,
+    Windows,
+    group_mask,
+    parse_pattern,
+)
 
 # --- Groupings ----------------------------------------------------------------------------------------------------
 
@@ -343,6 +354,77 @@ def test_pieces_are_the_whole(form: str, chunk: int, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(model(**batch).sample, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("tokens", "dim", "out"), [(512, 384, 256), (40, 7, 5)])
+def test_onednn_multiplies_as_blas_does(tokens: int, dim: int, out: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Linear(dim, out)
+    x = torch.randn(1, 3, tokens, 2, dim)[:, 1:]  # not contiguous
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    calls = []
+    monkeypatch.setattr("stgen.models.attention.F.linear", lambda *args: calls.append(args) or expected)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+        large = tokens > 100 and torch.backends.mkldnn.is_available()
+        assert len(calls) == (0 if large else 1)
+        with torch.autocast("cpu"):
+            layer(x)
+    layer(x)  # with gradients
+    assert len(calls) == (2 if large else 3)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_folded_cross_attention_is_cross_attention(masked: bool) -> None:
+    """Text no longer than a head is wide: two products instead of four, unless something hangs on the layers."""
+    attn = STGenCrossAttention(24, 2, qk_norm=False)
+    x, text = torch.randn(2, 4, 16, 16, 24), torch.randn(2, 5, 24)
+    mask = torch.tensor([[True] * 5, [True, True, False, True, False]]) if masked else None
+    with torch.enable_grad():
+        expected = attn(x, text, mask)
+    calls = []
+    assert attn.foldable(x)
+    torch.testing.assert_close(attn(x, text, mask), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attn(x, text, mask, x), x + expected, atol=1e-5, rtol=1e-5)
+    attn.to_q.register_forward_hook(lambda *_: calls.append(True))
+    assert not attn.foldable(x)
+    torch.testing.assert_close(attn(x, text, mask), expected, atol=1e-5, rtol=1e-5)
+    assert calls
+    attn = STGenCrossAttention(24, 2, qk_norm=False)
+    attn.to_out[0] = torch.nn.Linear(24, 24)  # another kind of layer, as LoRA puts there
+    assert not attn.foldable(x)
+
+
+@pytest.mark.parametrize("name", ["spatial_attn", "temporal_attn", "cross_attn", "ff"])
+@torch.no_grad()
+def test_what_hangs_on_a_module_sees_all_tokens_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stgen.models.attention.CHUNK", 4)
+    model, batch, shapes = tiny_transformer(), inputs(), []
+    expected = model(**batch).sample
+    for block in model.transformer_blocks:
+        if hasattr(block, name):
+            getattr(block, name).register_forward_hook(lambda _, args, out: shapes.append((args[0].shape, out.shape)))
+    torch.testing.assert_close(model(**batch).sample, expected, atol=1e-5, rtol=1e-5)
+    assert len(shapes) == sum(hasattr(block, name) for block in model.transformer_blocks)
+    b, t = batch["hidden_states"].shape[0], batch["hidden_states"].shape[2]
+    assert all(shape[:2] == (b, t) for pair in shapes for shape in pair)
+
+
+@torch.no_grad()
+def test_a_processor_of_ones_own_sees_all_frames() -> None:
+    class First(STGenAttnProcessor):
+        """Every frame attends to the first, as in text-to-video without training."""
+
+        def __call__(self, attn, hidden_states, *args):
+            shapes.append(hidden_states.shape)
+            return super().__call__(attn, hidden_states[:, :1].expand_as(hidden_states), *args)
+
+    shapes: list[torch.Size] = []
+    model, batch = tiny_transformer(), inputs(grid=(3, 64, 64))
+    attn = model.transformer_blocks[0].spatial_attn
+    attn.set_processor(First())
+    model(**batch)
+    assert [shape[1] for shape in shapes] == [3]
+
+
 @torch.no_grad()
 def test_per_frame_modulation_equals_per_token_modulation() -> None:
     model, batch = tiny_transformer(), inputs()
@@ -413,8 +495,12 @@ def frame_mask(b: int, grid: tuple[int, int, int], given_frames: list[int]) -> t
 
 @pytest.mark.parametrize("pattern", ["st", "f", "[ts]", "hwt", "g(2,2,2)G(2,2,2)", "k(3)K(2)", "tg(3,1,2)f"])
 @pytest.mark.parametrize("frames", [[0, 1], [0, 4], [2], [0, 1, 2, 3]])
+@pytest.mark.parametrize("chunk", [512, 6])
 @torch.no_grad()
-def test_cached_steps_equal_uncached_steps(pattern: str, frames: list[int]) -> None:
+def test_cached_steps_equal_uncached_steps(
+    pattern: str, frames: list[int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stgen.models.attention.CHUNK", chunk)
     grid = (5, 5, 3)
     model = tiny_transformer(pattern=pattern, num_layers=3, isolate_given=True, time_positions="input")
     batch = {**inputs(grid=grid), "condition_mask": frame_mask(2, grid, frames)}

@@ -11,6 +11,7 @@ Open-Sora's STDiT, VDT, Latte and PredFormer are settings of it (see conversion.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,12 @@ from stgen.models.attention import (
     Axes,
     GivenCache,
     Grouping,
+    Linear,
     STGenAttention,
     STGenCrossAttention,
     by_chunks,
     group_mask,
+    hooked,
     parse_pattern,
     probe_backend,
     rotary_embedding,
@@ -146,6 +149,7 @@ class STGenTransformerBlock(nn.Module):
         self.cross_norm = nn.LayerNorm(dim, eps=EPS) if cross and cross_norm else nn.Identity()
         self.cross_attn = STGenCrossAttention(dim, heads, cross_norm and qk_norm is not None) if cross else None
         self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=mlp)
+        self.ff.net[0].proj, self.ff.net[2] = Linear.of(self.ff.net[0].proj), Linear.of(self.ff.net[2])
         rows = sum(MODULATION_ROWS[kind] for kind in self.kinds) + 3
         self.scale_shift_table = nn.Parameter(torch.zeros(rows, dim)) if modulation == "single" else None
         self.modulation = nn.Linear(dim, rows * dim) if modulation == "full" else None
@@ -177,22 +181,57 @@ class STGenTransformerBlock(nn.Module):
             attn: STGenAttention = getattr(self, name)
             grouping = attn.grouping
             first = self.time_positions if grouping.name == "temporal" else None
-            if first == "stream" and x.shape[1] > 1:  # a single image has no place in time, as in Latte
-                x = x + conditioning.time_positions
-            if kind == "adaptive":
-                y = by_chunks(adaptive_norm, x, next(row), next(row))
+            if first == "stream" and x.shape[1] == 1:  # a single image has no place in time, as in Latte
+                first = None
+            positions = None if first is None else conditioning.time_positions[None]
+            table = rotary[None] if rotary is not None and (self.rope == "3d" or grouping.across_frames) else None
+            mask = (attention_masks or {}).get(grouping)
+            modulation = [None] * (3 - MODULATION_ROWS[kind]) + [next(row) for _ in range(MODULATION_ROWS[kind])]
+            known = (None, None) if cache is None else cache.known(attn)
+            attend = partial(self._attend, name, first, mask, cache)
+            own = (x, positions, table, *modulation, *known)
+            fills = cache is not None and grouping.across_frames and known[0] is None
+            if mask is None and not fills and not hooked(attn):
+                x = by_chunks(attend, *own, apart=grouping.apart)
             else:
-                y = getattr(self, f"{name}_norm")(x) if kind == "affine" else x
-            if first == "attention":
-                y = y + conditioning.time_positions
-            table = rotary if self.rope == "3d" or grouping.across_frames else None
-            y = attn(y, table, (attention_masks or {}).get(grouping), cache)
-            x = x + y if kind == "affine" else torch.addcmul(x, next(row), y)
+                x = attend(*own)
         if self.cross_attn is not None:
-            x = x + self.cross_attn(self.cross_norm(x), encoder_hidden_states, encoder_attention_mask)
-        if hasattr(self.ff, "_diffusers_hook"):  # a cache that hangs on the MLP wants one call
+            told = (self.cross_norm(x), encoder_hidden_states, encoder_attention_mask)
+            x = x + self.cross_attn(*told) if hooked(self.cross_attn) else self.cross_attn(*told, x)
+        if hooked(self.ff):
             return self._feed_forward(x, *row)
         return by_chunks(self._feed_forward, x, *row)
+
+    def _attend(
+        self,
+        name: str,
+        first: str | None,
+        mask: Tensor | None,
+        cache: GivenCache | None,
+        x: Tensor,
+        positions: Tensor | None,
+        rotary: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        gate: Tensor | None,
+        known_k: Tensor | None,
+        known_v: Tensor | None,
+    ) -> Tensor:
+        """One attention and its residual, over whole groups."""
+        if first == "stream":
+            x = x + positions
+        y = x
+        if scale is not None:
+            y = by_chunks(adaptive_norm, x, shift, scale)
+        elif gate is None:
+            y = getattr(self, f"{name}_norm")(x)
+        if first == "attention":
+            y = y + positions
+        attn: STGenAttention = getattr(self, name)
+        if cache is not None and known_k is not None and known_v is not None:
+            cache = cache.of(attn, known_k, known_v)
+        y = attn(y, None if rotary is None else rotary[0], mask, cache)
+        return x + y if gate is None else torch.addcmul(x, gate, y)
 
     def _feed_forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         return torch.addcmul(x, gate, self.ff(adaptive_norm(x, shift, scale)))

@@ -11,6 +11,7 @@ then hurts all alike. `fraction` is the model's matrix FLOPs over its time, over
 """
 
 import argparse
+import math
 import resource
 import subprocess
 import sys
@@ -166,8 +167,14 @@ def count_flops(forward: Forward) -> float:
     def sdpa(query, key, value, *args, out_shape=None, **kwargs) -> int:
         return sdpa_flop_count(query, key, value)
 
-    cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with FlopCounterMode(display=False, custom_mapping={cpu_attention: sdpa}) as counter:
+    def linear(x, weight, *args, out_shape=None, **kwargs) -> int:
+        return 2 * math.prod(x) * weight[0]
+
+    own = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa,
+        torch.ops.mkldnn._linear_pointwise: linear,
+    }
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
         forward()
     return counter.get_total_flops()
 
