@@ -42,7 +42,11 @@ class _Stack(nn.Module):
     """A convolution, blocks and a convolution: what encoder and decoder have in common."""
 
     def __init__(
-        self, conv_in: nn.Module, blocks: Sequence[nn.Module], norm_out: nn.Module | None, conv_out: nn.Module
+        self,
+        conv_in: CausalConv3d,
+        blocks: Sequence[nn.Module],
+        norm_out: nn.Module | None,
+        conv_out: CausalConv3d,
     ):
         super().__init__()
         self.conv_in, self.blocks, self.conv_out = conv_in, nn.ModuleList(blocks), conv_out
