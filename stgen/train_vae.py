@@ -14,18 +14,19 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
-from stgen.checkpoint import checkpoints
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
-from stgen.models.latents import latent_shape
+from stgen.models.inflation import inflate
+from stgen.models.latents import latent_shape, load_vae
 from stgen.models.perceptual import NETWORKS, PerceptualDistance
 from stgen.reconstruction import measure, reconstruction_sheet
 from stgen.vae_objective import (
@@ -64,7 +65,9 @@ class TrainVAEConfig(LoopConfig):
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of AutoencoderKLSTGen."""
     init: str | None = None
-    """Folder of an AutoencoderKLSTGen whose weights the run begins with; null draws them from `seed`."""
+    """Folder of the weights that the run begins with; null draws them from `seed`. An AutoencoderKLSTGen as `model` has
+    it; or an image VAE (AutoencoderKL, such as Stable Diffusion's), which is inflated to a causal video VAE: `model` then
+    says `temporal_downsample` alone."""
     gradient_checkpointing: bool = False
     """Trades compute for memory: activations are computed again in the backward pass."""
     window: Any = None
@@ -166,21 +169,30 @@ def prepare_batch(
     return *pair, torch.stack(noises)
 
 
-def initialise(vae: AutoencoderKLSTGen, folder: str) -> None:
-    """Copies the weights of a saved AutoencoderKLSTGen.
+def make_vae(config: TrainVAEConfig) -> AutoencoderKLSTGen:
+    """The VAE that a run begins with: `config.model`, with weights from torch's global generator or from `config.init`.
 
     Raises:
-        ValueError: the folder holds none, or one whose weights are not of the same names and shapes.
+        ValueError: `init` holds neither an AutoencoderKLSTGen, of the same names and shapes, nor an image VAE.
     """
+    if config.init is None:
+        return AutoencoderKLSTGen(**config.model)
+    allowed = "a folder of a saved AutoencoderKLSTGen or AutoencoderKL"
     try:
-        given = AutoencoderKLSTGen.from_pretrained(folder).state_dict()
+        given = load_vae(config.init)
     except (OSError, ValueError) as error:
-        raise ValueError(f"init is {folder!r}, allowed: a folder of a saved AutoencoderKLSTGen: {error}") from error
-    own = vae.state_dict()
-    for name in sorted(own.keys() | given.keys()):
-        shapes = [tuple(weights[name].shape) if name in weights else "no such weight" for weights in (given, own)]
-        require(shapes[0] == shapes[1], f"init: {name} of {folder}", shapes[0], f"{shapes[1]}, as this model has it")
-    vae.load_state_dict(given)
+        raise ValueError(f"init is {config.init!r}, allowed: {allowed}: {error}") from error
+    if isinstance(given, AutoencoderKL):
+        require_arguments(inflate, config.model, "model", excluded=("image_vae",))
+        return inflate(given, **config.model)
+    require(isinstance(given, AutoencoderKLSTGen), "init", config.init, allowed)
+    vae = AutoencoderKLSTGen(**config.model)
+    own, other = vae.state_dict(), given.state_dict()
+    for name in sorted(own.keys() | other.keys()):
+        shapes = [tuple(weights[name].shape) if name in weights else "no such weight" for weights in (other, own)]
+        require(shapes[0] == shapes[1], f"init: {name} of {config.init}", shapes[0], f"{shapes[1]}, as in this model")
+    vae.load_state_dict(other)
+    return vae
 
 
 @torch.no_grad()
@@ -266,11 +278,9 @@ def train_vae(config: TrainVAEConfig) -> None:
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
     for frames in sorted({row["num_frames"] for row in dataset.rows}):
         config.window_of(frames)
-    vae = AutoencoderKLSTGen(**config.model)
+    vae = make_vae(config)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    if config.init is not None and not checkpoints(run):
-        initialise(vae, config.init)
     adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
     if adversary is not None:  # it would find out when it begins
         side, least = min(min(row["height"], row["width"]) for row in dataset.rows), adversary.net.smallest

@@ -29,7 +29,7 @@ from stgen.masks import MaskSpec
 from stgen.models.latents import encode
 from stgen.models.perceptual import PerceptualDistance
 from stgen.reconstruction import mean_score, measure
-from stgen.train_vae import TrainVAEConfig, initialise, main, measure_latents, prepare_batch
+from stgen.train_vae import TrainVAEConfig, main, make_vae, measure_latents, prepare_batch
 from stgen.vae_objective import DiscriminatorConfig, PerceptualConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -125,18 +125,21 @@ def test_single_frames_are_shown_whole() -> None:
 def test_initial_weights_of_a_folder(tmp_path: Path) -> None:
     saved = tiny_vae()
     saved.save_pretrained(tmp_path)
-    torch.manual_seed(9)
-    fresh = AutoencoderKLSTGen.from_config(tiny_vae(latents_mean=None, latents_std=None).config)
-    initialise(fresh, str(tmp_path))
+    model = {name: value for name, value in saved.config.items() if not name.startswith(("_", "latents_"))}
+
+    def begin(init: str, **changed) -> AutoencoderKLSTGen:
+        return make_vae(TrainVAEConfig(model={**model, **changed}, init=init))
+
+    fresh = begin(str(tmp_path))
     for name, weight in saved.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], weight), name
     assert fresh.config.latents_mean is None, "measured anew"
     with pytest.raises(ValueError, match="init: decoder.conv_in.weight of .* allowed: "):
-        initialise(tiny_vae(latent_channels=8, latents_mean=None, latents_std=None), str(tmp_path))
+        begin(str(tmp_path), latent_channels=8)
     with pytest.raises(ValueError, match="init: decoder.blocks.*no such weight"):
-        initialise(tiny_vae(layers_per_block=2), str(tmp_path))
+        begin(str(tmp_path), layers_per_block=2)
     with pytest.raises(ValueError, match="init is '/nowhere', allowed: a folder of a saved"):
-        initialise(fresh, "/nowhere")
+        begin("/nowhere")
 
 
 @dataclass

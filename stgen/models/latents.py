@@ -102,7 +102,7 @@ def latent_shape(vae: VideoVAE, num_frames: int, height: int, width: int) -> tup
 # --- Scale --------------------------------------------------------------------------------------------------------
 
 
-def _mean_and_std(vae: VideoVAE, like: Tensor) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: VideoVAE, like: Tensor) -> tuple[Tensor, Tensor]:
     """The `(1, z, 1, 1, 1)` by which latents are normalised: (latents - mean) / std.
 
     Each VAE's own names for it: `latents_mean` and `latents_std` per channel (Wan and ours in the config, LTX in
@@ -144,7 +144,7 @@ def encode(vae: VideoVAE, video: Tensor) -> Tensor:
     else:
         z = vae.encode(video).latent_dist.mode()
     _require_shape(vae, "latents", z, latent_shape(vae, t, h, w))
-    mean, std = _mean_and_std(vae, z.float())
+    mean, std = latent_statistics(vae, z.float())
     return (z.float() - mean) / std
 
 
@@ -162,7 +162,7 @@ def decode(vae: VideoVAE, latents: Tensor, size: tuple[int, int, int]) -> Tensor
     """
     t, h, w = size
     _require_shape(vae, "latents", latents, latent_shape(vae, t, h, w))
-    mean, std = _mean_and_std(vae, latents.float())
+    mean, std = latent_statistics(vae, latents.float())
     z = (latents.float() * std + mean).to(vae.dtype)
     if _is(vae, AutoencoderKL):
         images = z.transpose(1, 2).flatten(0, 1).split(_IMAGES_AT_ONCE)
