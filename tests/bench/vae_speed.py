@@ -1,7 +1,7 @@
 """Speed, exactness and memory of the VAE beside diffusers' Wan and CogVideoX, at equal channels and compression.
 
     python tests/bench/vae_speed.py                  # 17x64x64 pixels, one CPU thread, fp32
-    python tests/bench/vae_speed.py --exactness      # chunks and tiles against the whole
+    python tests/bench/vae_speed.py --exactness [--vae DIR --video FILE]    # chunks and tiles against the whole
     python tests/bench/vae_speed.py --memory         # peak memory by number of frames, each in a process of its own
     python tests/bench/vae_speed.py --device cuda --dtype bfloat16 --clip 33,256,256
 
@@ -12,18 +12,22 @@ then hurts all alike. `fraction` is the convolution and matrix FLOPs over the ti
 
 import argparse
 import itertools
+import math
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from stgen import AutoencoderKLSTGen
+from stgen.data.reading import to_pixels
+from stgen.video import stream_video
 
 WIDTHS = (32, 64, 128, 128)
 
@@ -115,22 +119,33 @@ def speed(clip: tuple[int, int, int], rounds: int, device: str, dtype: torch.dty
         print(f"{name:30s} {kind:8s} " + "".join(f"{x:8.1f} " for x in row) + f"{fraction:8.2f} {ratio:8.2f}")
 
 
-def exactness(clip: tuple[int, int, int]) -> None:
-    """Largest difference of chunks and of tiles from the whole, relative to the largest value of the whole."""
+def exactness(clip: tuple[int, int, int], vae: str | None, path: str | None) -> None:
+    """Largest difference of chunks and of tiles from the whole, relative to the largest value of the whole.
+
+    Of random weights and pixels; or of a trained VAE and a video's first frames, its centre as large as `clip`.
+    """
     video = torch.rand(1, 3, *clip) * 2 - 1
-    model = prepare("stgen", "cpu", torch.float32)
+    if path:
+        frames = torch.from_numpy(np.stack(list(itertools.islice(stream_video(path), clip[0]))))
+        top, left = ((n - m) // 2 for n, m in zip(frames.shape[1:3], clip[1:], strict=True))
+        video = to_pixels(frames.movedim(3, 0))[None, :, :, top : top + clip[1], left : left + clip[2]]
+    model = AutoencoderKLSTGen.from_pretrained(vae).eval() if vae else prepare("stgen", "cpu", torch.float32)
     with torch.enable_grad():  # with gradients, clips are worked on whole
-        latents = encode(model, video)
-        sample = decode(model, latents)
-    print(f"{clip} pixels, largest difference from the whole, relative")
+        latents = encode(model, video).detach()
+        sample = decode(model, latents).detach()
+    print(f"{tuple(video.shape[2:])} pixels, largest difference from the whole, relative")
     for chunk in (1, 2, 3):
         pieces = torch.cat(list(model.encode_stream(video, chunk)), dim=2)
         frames = torch.cat(list(model.decode_stream(latents, chunk=chunk)), dim=2)
         print(f"stgen, chunks of {chunk}: encode {off(pieces, latents):.1e}, decode {off(frames, sample):.1e}")
     for tile, stride in itertools.product((64, 128), (0.5, 0.75)):
         model.enable_tiling(tile, tile, int(tile * stride), int(tile * stride))
-        errors = off(encode(model, video), latents), off(decode(model, latents), sample)
-        print(f"stgen, tiles of {tile}, stride {stride}: encode {errors[0]:.1e}, decode {errors[1]:.1e}")
+        pieces, frames = encode(model, video), decode(model, latents)
+        psnr = -10 * math.log10(((frames - sample).clamp(-2, 2) / 2).square().mean().item())
+        print(
+            f"stgen, tiles of {tile}, stride {stride}: encode {off(pieces, latents):.1e}, "
+            f"decode {off(frames, sample):.1e} ({psnr:.1f} dB)"
+        )
     other = prepare("diffusers CogVideoX", "cpu", torch.float32)
     z = encode(other, video)
     frames = decode(other, z)
@@ -185,6 +200,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--exactness", action="store_true")
+    parser.add_argument("--vae", help="with --exactness: folder of a trained VAE instead of random weights")
+    parser.add_argument("--video", help="with --exactness: a video instead of random pixels")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -198,7 +215,7 @@ def main() -> None:
     else:
         with torch.no_grad():
             if arguments.exactness:
-                exactness(clip)
+                exactness(clip, arguments.vae, arguments.video)
             else:
                 speed(clip, arguments.rounds, arguments.device, getattr(torch, arguments.dtype), arguments.threads)
 
