@@ -280,8 +280,6 @@ def test_the_loss_is_the_sum_of_the_logged_terms() -> None:
 
 def test_gradient_checkpointing_changes_nothing() -> None:
     whole = objective(ping_pong_weight=0.7)
-    if not whole.vae._supports_gradient_checkpointing:
-        pytest.skip("AutoencoderKLSTGen has no gradient checkpointing yet")
     results = []
     for _ in range(2):
         losses = whole(*inputs(), 8)

@@ -16,7 +16,6 @@ import math
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +23,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from transformer_speed import seconds
 
 from stgen import AutoencoderKLSTGen
 from stgen.data.reading import to_pixels
@@ -78,16 +78,6 @@ def encode(model: torch.nn.Module, x: Tensor) -> Tensor:
 
 def decode(model: torch.nn.Module, z: Tensor) -> Tensor:
     return model.decode(z).sample
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
 
 
 def speed(clip: tuple[int, int, int], rounds: int, device: str, dtype: torch.dtype, threads: int) -> None:
