@@ -259,8 +259,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def generate(pipeline: STGenPipeline, request: Request) -> Iterator[Frames]:
     """Generates one video, which depends on nothing but the pipeline and the request.
 
-    The frames come as they are decoded. So of a long video the latents are held whole, and what is read from
-    the request's files; the frames are not.
+    The frames come as they are decoded: memory holds the latents and the inputs that are given whole, never all frames.
 
     Args:
         pipeline: any of stgen's pipelines; its components are used as they are, where they are.
@@ -268,8 +267,8 @@ def generate(pipeline: STGenPipeline, request: Request) -> Iterator[Frames]:
     Yields:
         Frames uint8 `n h w 3`, in order. Given pixels of inputs that need no resizing come back exactly.
     Raises:
-        ValueError: an input cannot be read or doesn't fit, before the first frames; or what is generated is not finite,
-            instead of the frames where that is so.
+        ValueError: an input cannot be read or doesn't fit, before the first frames; or frames are not finite, in their
+            place.
     """
     kind, _ = TASKS[request.task]
     # Not from_pipe, which casts all components to one dtype.

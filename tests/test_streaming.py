@@ -91,9 +91,7 @@ def test_an_interrupted_stream_is_the_interrupted_video(tiny_pipeline: STGenPipe
 
 
 @pytest.mark.parametrize("read", ["all", "first", "none"])
-def test_offload_waits_for_the_reader(
-    tiny_pipeline: STGenPipeline, read: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offload_waits_for_the_reader(tiny_pipeline: STGenPipeline, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under CPU offload the VAE comes onto the device before the first chunk, and leaves after the last that is read."""
     tiny_pipeline.enable_model_cpu_offload(device="cpu")
     events: list[str] = []
@@ -183,7 +181,7 @@ def as_uint8(chunk: torch.Tensor) -> np.ndarray:
     return ((chunk[0].clamp(-1, 1) / 2 + 0.5) * 255).round().byte().movedim(0, -1).numpy()
 
 
-def written(folder: str) -> Iterator[float]:
+def peak_memory(folder: str) -> Iterator[float]:
     """Peak memory of this process in MiB after 65 frames were written, after 513, and after 513 were decoded whole."""
     vae = tiny_vae()
     for t, whole in ((65, False), (513, False), (513, True)):
@@ -198,9 +196,10 @@ def written(folder: str) -> Iterator[float]:
         yield int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_streaming as t\n"
-    code += f"print(*t.written({str(tmp_path)!r}))"
+    code += f"print(*t.peak_memory({str(tmp_path)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     short, long, whole = map(float, done.stdout.split())
     assert len(read_video(tmp_path / "513.mp4")[0]) == 513
