@@ -4,7 +4,7 @@ Shapes: b prompts times videos per prompt; video `b c t h w` in [-1, 1]; mask `b
 latents `b z t' h' w'`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from stgen.config import require
 from stgen.flow import dynamic_shift
 from stgen.masks import fold_mask, hide, keep_given
 from stgen.models.attention import GivenCache
-from stgen.models.latents import VideoVAE, compression_ratios, decode, encode, latent_shape, require_vae
+from stgen.models.latents import VideoVAE, compression_ratios, decode_stream, encode, latent_shape, require_vae
 from stgen.models.loading import SafetensorsOnly
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.pipelines.pipeline_output import STGenPipelineOutput
@@ -212,7 +212,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         for name in callback_on_step_end_tensor_inputs:
             allowed = self._callback_tensor_inputs
             require(name in allowed, "callback_on_step_end_tensor_inputs", name, ", ".join(allowed))
-        require(output_type in ("pil", "np", "pt", "latent"), "output_type", output_type, "pil, np, pt, latent")
+        output_types = ("pil", "np", "pt", "latent", "stream")
+        require(output_type in output_types, "output_type", output_type, ", ".join(output_types))
         return prompts
 
     def prepare_video(self, video: Video, height: int | None, width: int | None) -> Tensor:
@@ -321,7 +322,10 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             prompt_embeds, negative_prompt_embeds: text states `b n d` in place of the prompts, with their
                 attention masks bool `b n`; no mask means that all are tokens.
             max_sequence_length: tokens of a prompt; longer ones are cut with a warning.
-            output_type: `pil`, `np`, `pt` or `latent`.
+            output_type: `pil`, `np`, `pt`, `latent`, or `stream`: what `np` gives as an iterator of chunks `b n h w c`,
+                each decoded when it is asked for, so that a long video is never held whole (the given `video` is; a VAE
+                of diffusers' makes one chunk). Stop early by `.close()`. Under CPU offload the VAE is on the device from
+                the first chunk to the end or the stop; the next call must wait for that.
             return_dict: whether to return an `STGenPipelineOutput` or a tuple.
             callback_on_step_end: called as `callback(pipeline, step, timestep, tensors)` after each step; the tensors
                 that it returns replace the loop's.
@@ -364,7 +368,7 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         if pixels is not None and mask is not None:
             fits = num_frames is None or num_frames == pixels.shape[2]
             require(fits, "num_frames", num_frames, f"{pixels.shape[2]}, the frames of video")
-            pixel_mask = self.prepare_mask(mask, pixels.shape, b)
+            pixel_mask: Tensor | None = self.prepare_mask(mask, pixels.shape, b)
             pixels = self._repeat(pixels, b, "video")
             num_frames, height, width = pixels.shape[2:]
             masked = hide(pixels, pixel_mask)
@@ -376,7 +380,7 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             num_frames = self.transformer.config.sample_frames if num_frames is None else num_frames
             height = self.transformer.config.sample_height if height is None else height
             width = self.transformer.config.sample_width if width is None else width
-            condition_latents = condition_mask = None
+            pixel_mask = condition_latents = condition_mask = None
         require(fps is None or fps > 0, "fps", fps, "above 0")
         for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
             require(value >= 1, name, value, "1 or more")
@@ -462,13 +466,13 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
 
         if condition_latents is not None and condition_mask is not None:
             latents = self.transformer.insert_given(latents, condition_latents, condition_mask)
+        chunks = self._decode(latents, (num_frames, height, width), pixels, pixel_mask)
         if output_type == "latent":
             frames: Any = latents
+        elif output_type == "stream":
+            frames = self._stream(chunks)  # decodes nothing yet, so that what follows frees no VAE that is at work
         else:
-            decoded = decode(self.vae, latents, (num_frames, height, width))
-            if pixels is not None:
-                decoded = keep_given(decoded, pixels, pixel_mask)
-            frames = self.video_processor.postprocess_video(decoded, output_type=output_type)
+            frames = self.video_processor.postprocess_video(torch.cat(list(chunks), dim=2), output_type=output_type)
         self.maybe_free_model_hooks()
         return STGenPipelineOutput(frames=frames) if return_dict else (frames,)
 
@@ -531,3 +535,24 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         if variance is None or not takes_variance(self.scheduler):
             return prediction
         return torch.cat([prediction, variance[-len(prediction) :]], dim=1)
+
+    @torch.no_grad()
+    def _decode(
+        self, latents: Tensor, size: tuple[int, int, int], pixels: Tensor | None, pixel_mask: Tensor | None
+    ) -> Iterator[Tensor]:
+        """Chunks `b c n h w` of the video of this size (t, h, w), with the given pixels put back."""
+        start = 0
+        for chunk in decode_stream(self.vae, latents, size):
+            frames = slice(start, start + chunk.shape[2])
+            start = frames.stop
+            if pixels is not None and pixel_mask is not None:
+                chunk = keep_given(chunk, pixels[:, :, frames], pixel_mask[:, :, frames])
+            yield chunk
+
+    def _stream(self, chunks: Iterable[Tensor]) -> Generator[np.ndarray, None, None]:
+        """The chunks as arrays `b n h w c` in [0, 1]; offloads the VAE at the end, or when the consumer stops."""
+        try:
+            for chunk in chunks:
+                yield self.video_processor.postprocess_video(chunk, output_type="np")
+        finally:
+            self.maybe_free_model_hooks()

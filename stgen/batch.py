@@ -100,8 +100,7 @@ def run_batch(
     out.mkdir(parents=True, exist_ok=True)
     with _only_job(out):
         _claim(out, wanted, _digest(folder))
-        for torn in out.glob(".*.mp4.*.tmp"):  # as write_video calls its unfinished files
-            torn.unlink()
+        _remove_torn(out)
         earlier = {row["id"]: Result(**row) for row in _read_rows(out / "results.jsonl") if row["status"] == "done"}
         results = {r.id: earlier.get(r.id, _done(r)) for r in wanted if _video(out, r).exists()}
         _write_rows(out / "results.jsonl", map(dataclasses.asdict, results.values()))
@@ -120,6 +119,7 @@ def run_batch(
                     failed += result.status == "failed"
                     bar.set_postfix(failed=failed, refresh=False)
                     bar.update()
+        _remove_torn(out)
         ordered = [results[request.id] for request in wanted]
         _write_rows(out / "results.jsonl", map(dataclasses.asdict, ordered))
     return ordered
@@ -130,6 +130,12 @@ def run_batch(
 
 def _video(out: Path, request: Request) -> Path:
     return out / f"{request.id}.mp4"
+
+
+def _remove_torn(out: Path) -> None:
+    """Removes what killed workers left of videos that they were writing."""
+    for torn in out.glob(".*.mp4.*.tmp"):  # as write_video calls its unfinished files
+        torn.unlink()
 
 
 def _done(request: Request, seconds: float | None = None) -> Result:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -255,16 +256,19 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 # --- Generation ---------------------------------------------------------------------------------------------------
 
 
-def generate(pipeline: STGenPipeline, request: Request) -> Frames:
+def generate(pipeline: STGenPipeline, request: Request) -> Iterator[Frames]:
     """Generates one video, which depends on nothing but the pipeline and the request.
+
+    The frames come as they are decoded: memory holds the latents and the inputs that are given whole, never all frames.
 
     Args:
         pipeline: any of stgen's pipelines; its components are used as they are, where they are.
 
-    Returns:
-        Frames uint8 `t h w 3`. Given pixels of inputs that need no resizing come back exactly.
+    Yields:
+        Frames uint8 `n h w 3`, in order. Given pixels of inputs that need no resizing come back exactly.
     Raises:
-        ValueError: an input cannot be read or doesn't fit, or what is generated is not finite.
+        ValueError: an input cannot be read or doesn't fit, before the first frames; or frames are not finite, in their
+            place.
     """
     kind, _ = TASKS[request.task]
     # Not from_pipe, which casts all components to one dtype.
@@ -281,7 +285,7 @@ def generate(pipeline: STGenPipeline, request: Request) -> Frames:
         "num_frames": request.num_frames,
         "num_inference_steps": request.num_inference_steps,
         "generator": torch.Generator().manual_seed(request.seed),
-        "output_type": "np",
+        "output_type": "stream",
     }
     if request.guidance_scale is not None:
         arguments["guidance_scale"] = request.guidance_scale
@@ -291,10 +295,11 @@ def generate(pipeline: STGenPipeline, request: Request) -> Frames:
         arguments["last_video"] = read_video(request.last_video)[0].astype(np.float32) / 255
     if request.mask is not None:
         arguments["mask"] = _read_mask(request.mask, len(arguments["video"]))
-    frames = task_pipeline(**arguments).frames[0]
-    finite = bool(np.isfinite(frames).all())
-    require(finite, f"the video of request {request.id!r}", "not finite", "finite pixels: weights or dtype are broken")
-    return (frames * 255).round().astype(np.uint8)
+    name, allowed = f"the video of request {request.id!r}", "finite pixels: weights or dtype are broken"
+    with closing(task_pipeline(**arguments).frames) as chunks:
+        for (frames,) in chunks:
+            require(bool(np.isfinite(frames).all()), name, "not finite", allowed)
+            yield (frames * 255).round().astype(np.uint8)
 
 
 def _read_mask(path: str, num_frames: int) -> np.ndarray:

@@ -200,6 +200,7 @@ def job(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     def kill_workers() -> None:
         wait_for((out / "r0.mp4").exists)
         kill(ray_processes(f"{WORKER}.run"))  # that of `deadly`, and one in the middle of another request
+        (out / ".r2.mp4.1.tmp").write_bytes(b"torn")  # as one that is killed while it writes leaves it
         wait_for(lambda: len(videos(out)) == len(ROWS) - len(FAILING))
         for _ in range(2):
             wait_for(lambda: ray_processes(f"{WORKER}.run"))

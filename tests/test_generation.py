@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from stgen import STGenPipeline
 from stgen.generation import Request, generate, parse_requests
 from stgen.video import read_video, write_video
 
@@ -155,8 +156,13 @@ def test_refuses_a_missing_file(tmp_path):
 # --- Generation ---------------------------------------------------------------------------------------------------
 
 
+def generated(pipeline: STGenPipeline, request: Request) -> np.ndarray:
+    """All frames of the request's video."""
+    return np.concatenate(list(generate(pipeline, request)))
+
+
 def test_text_is_the_pipeline_at_that_seed(tiny_pipeline):
-    frames = generate(tiny_pipeline, Request("a", "text", "one digit", seed=5, num_inference_steps=2))
+    frames = generated(tiny_pipeline, Request("a", "text", "one digit", seed=5, num_inference_steps=2))
     generator = torch.Generator().manual_seed(5)
     images = tiny_pipeline("one digit", num_inference_steps=2, generator=generator).frames[0]
     np.testing.assert_array_equal(frames, np.stack([np.asarray(image) for image in images]))
@@ -169,9 +175,9 @@ def test_depends_on_nothing_but_the_request(tiny_pipeline, tmp_path):
         Request("a", "text", "a digit", "down", num_frames=5, height=15, width=17, num_inference_steps=2),
         Request("b", "prediction", "a digit", video=write(tmp_path / "v.mkv", noise(2)), num_inference_steps=2),
     ]
-    first = [generate(tiny_pipeline, request) for request in requests]
+    first = [generated(tiny_pipeline, request) for request in requests]
     torch.manual_seed(99)
-    again = [generate(tiny_pipeline, request) for request in reversed(requests)][::-1]
+    again = [generated(tiny_pipeline, request) for request in reversed(requests)][::-1]
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert first[0].shape == (5, 15, 17, 3)
@@ -183,13 +189,13 @@ def test_depends_on_nothing_but_the_request(tiny_pipeline, tmp_path):
 )
 def test_every_field_counts(tiny_pipeline, changed):
     base = {"id": "a", "task": "text", "prompt": "one", "num_inference_steps": 2}
-    assert (generate(tiny_pipeline, Request(**base)) != generate(tiny_pipeline, Request(**(base | changed)))).any()
+    assert (generated(tiny_pipeline, Request(**base)) != generated(tiny_pipeline, Request(**(base | changed)))).any()
 
 
 def test_prediction_keeps_the_given_frames(tiny_pipeline, tmp_path):
     given = noise(4)
     video = write(tmp_path / "v.mkv", given)
-    frames = generate(tiny_pipeline, Request("a", "prediction", video=video, num_frames=7, num_inference_steps=2))
+    frames = generated(tiny_pipeline, Request("a", "prediction", video=video, num_frames=7, num_inference_steps=2))
     assert frames.shape == (7, 16, 16, 3)
     np.testing.assert_array_equal(frames[:4], given)
 
@@ -197,13 +203,13 @@ def test_prediction_keeps_the_given_frames(tiny_pipeline, tmp_path):
 def test_prediction_takes_an_image(tiny_pipeline, tmp_path):
     Image.fromarray(noise(1)[0]).save(tmp_path / "v.png")
     request = Request("a", "prediction", video=str(tmp_path / "v.png"), num_inference_steps=2)
-    np.testing.assert_array_equal(generate(tiny_pipeline, request)[:1], noise(1))
+    np.testing.assert_array_equal(generated(tiny_pipeline, request)[:1], noise(1))
 
 
 def test_interpolation_keeps_both_ends(tiny_pipeline, tmp_path):
     first, last = noise(2, seed=1), noise(2, seed=2)
     ends = {"video": write(tmp_path / "v.mkv", first), "last_video": write(tmp_path / "l.mkv", last)}
-    frames = generate(tiny_pipeline, Request("a", "interpolation", **ends, num_inference_steps=2))
+    frames = generated(tiny_pipeline, Request("a", "interpolation", **ends, num_inference_steps=2))
     assert len(frames) == 9
     np.testing.assert_array_equal(frames[:2], first)
     np.testing.assert_array_equal(frames[-2:], last)
@@ -218,7 +224,7 @@ def test_inpainting_generates_where_the_mask_is_white(tiny_pipeline, tmp_path, m
     # 127 and 128 are the darkest white and the brightest black.
     write_video(tmp_path / "m.mkv", np.where(white, 128, 127).astype(np.uint8), 10, lossless=True)
     files = {"video": write(tmp_path / "v.mkv", given), "mask": str(tmp_path / "m.mkv")}
-    frames = generate(tiny_pipeline, Request("a", "inpainting", **files, num_inference_steps=2))
+    frames = generated(tiny_pipeline, Request("a", "inpainting", **files, num_inference_steps=2))
     hidden = np.broadcast_to(white, given.shape)
     np.testing.assert_array_equal(frames[~hidden], given[~hidden])
     assert (frames != given)[hidden].mean() > 0.9
@@ -230,7 +236,7 @@ def test_mask_survives_mp4(tiny_pipeline, tmp_path):
     write_video(tmp_path / "m.mp4", white.astype(np.uint8) * 255, 10)
     assert set(np.unique(read_video(tmp_path / "m.mp4")[0])) - {0, 255}
     files = {"video": write(tmp_path / "v.mkv", given), "mask": str(tmp_path / "m.mp4")}
-    frames = generate(tiny_pipeline, Request("a", "inpainting", **files, num_inference_steps=2))
+    frames = generated(tiny_pipeline, Request("a", "inpainting", **files, num_inference_steps=2))
     hidden = np.broadcast_to(white, given.shape)
     np.testing.assert_array_equal(frames[~hidden], given[~hidden])
     assert (frames != given)[hidden].mean() > 0.9
@@ -241,25 +247,25 @@ def test_refuses_a_mask_that_does_not_fit(tiny_pipeline, tmp_path, frames, heigh
     mask = write(tmp_path / "m.mkv", noise(frames)[:, :height])
     request = Request("a", "inpainting", video=write(tmp_path / "v.mkv", noise(5)), mask=mask)
     with pytest.raises(ValueError, match=named):
-        generate(tiny_pipeline, request)
+        generated(tiny_pipeline, request)
 
 
 def test_refuses_a_missing_input(tiny_pipeline):
     with pytest.raises(ValueError, match=r"/none\.mp4 cannot be read as a video"):
-        generate(tiny_pipeline, Request("a", "prediction", video="/none.mp4"))
+        generated(tiny_pipeline, Request("a", "prediction", video="/none.mp4"))
 
 
 def test_refuses_to_call_nan_a_video(tiny_pipeline):
     torch.nn.init.constant_(next(tiny_pipeline.transformer.parameters()), float("nan"))
     with pytest.raises(ValueError, match="the video of request 'a' is 'not finite'"):
-        generate(tiny_pipeline, Request("a", "text", num_inference_steps=1))
+        generated(tiny_pipeline, Request("a", "text", num_inference_steps=1))
 
 
 def test_leaves_the_pipeline_as_it_is(tiny_pipeline, tmp_path, capfd):
     tiny_pipeline.text_encoder.to(torch.bfloat16)
     request = Request("a", "prediction", video=write(tmp_path / "v.mkv", noise(1)), num_inference_steps=1)
     capfd.readouterr()
-    generate(tiny_pipeline, request)
+    generated(tiny_pipeline, request)
     assert tiny_pipeline.text_encoder.dtype == torch.bfloat16
     assert tiny_pipeline.transformer.dtype == torch.float32
     assert "1/1" not in capfd.readouterr().err  # the progress bar that was switched off

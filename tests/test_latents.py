@@ -24,7 +24,16 @@ from stgen import STGenPipeline, STGenPredictionPipeline
 from stgen.data.reading import DataConfig
 from stgen.evaluation import reconstruct
 from stgen.masks import MaskSpec, fold_mask, moving_box
-from stgen.models.latents import VideoVAE, compression_ratios, decode, encode, latent_channels, latent_shape, load_vae
+from stgen.models.latents import (
+    VideoVAE,
+    compression_ratios,
+    decode,
+    decode_stream,
+    encode,
+    latent_channels,
+    latent_shape,
+    load_vae,
+)
 from stgen.objective import denoising_losses
 from stgen.text import TextCache
 from stgen.train import TrainConfig, make_model, model_inputs
@@ -208,6 +217,27 @@ def test_slices_and_tiles_of_the_vae_work(name: str) -> None:
         tiled = decode(vae, latents, (2, 90, 42))
         assert tiled.shape == decoded.shape
         assert not torch.equal(tiled, decoded)
+
+
+@pytest.mark.parametrize("name", ["stgen", "stgen, compiled", "stgen, sliced", "wan2.1", "image"])
+def test_a_stream_is_the_video(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours comes a few frames at a time, wrapped or sliced too, diffusers' whole; latents that don't fit are refused."""
+    vae = make(name.split(",")[0])
+    latents = encode(vae, clip(10, 17, 9, b=2))
+    decoded = decode(vae, latents, (10, 17, 9))
+    monkeypatch.setattr("stgen.models.autoencoder._CHUNK_PIXELS", {"cpu": 1})
+    batches = []
+    if name == "stgen, sliced":
+        vae.enable_slicing()
+        vae.decoder.register_forward_pre_hook(lambda module, args: batches.append(args[0].shape[1]))
+    streamed = torch.compile(vae) if name == "stgen, compiled" else vae
+    chunks = list(decode_stream(streamed, latents, (10, 17, 9)))
+    assert [chunk.shape[2] for chunk in chunks] == ([1, 4, 4, 1] if name.startswith("stgen") else [10])
+    assert batches == ([1] * 8 if name == "stgen, sliced" else [])
+    assert {chunk.dtype for chunk in chunks} == {torch.float32}
+    torch.testing.assert_close(torch.cat(chunks, dim=2), decoded, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="shape of latents"):
+        next(decode_stream(streamed, latents, (99, 17, 9)))
 
 
 def test_other_vaes_are_refused(tiny_pipeline: STGenPipeline) -> None:

@@ -222,6 +222,7 @@ def test_mp4_plays_everywhere_and_bytes_repeat(tmp_path):
         ({"frames": np.zeros((2, 4, 4, 4), np.uint8)}, "uint8 t h w 3"),
         ({"frames": np.zeros((4, 4, 3), np.uint8)}, "uint8 t h w 3"),
         ({"frames": np.zeros((0, 4, 4, 3), np.uint8)}, "not empty"),
+        ({"frames": iter(())}, "frames is an iterator without chunks, allowed: at least one chunk"),
         ({"fps": 0}, "fps is 0"),
         ({"fps": float("nan")}, "fps is nan"),
     ],
@@ -253,6 +254,59 @@ def test_a_torn_write_leaves_what_was_there(tmp_path, monkeypatch, moment):
         video.write_video(target, noise(40, 16, 16), 10, lossless=True)
     assert target.read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["a.mkv"]
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("lengths", [[7], [1] * 7, [3, 1, 3]])
+def test_chunks_make_the_file_of_the_whole(lengths, lossless):
+    clip = gradient(7, 16, 18)
+    chunks = (chunk.copy() for chunk in np.split(clip, np.cumsum(lengths)[:-1]))
+    assert video.encode_video(chunks, 10, lossless) == video.encode_video(clip, 10, lossless)
+
+
+def test_a_chunk_is_encoded_before_the_next_is_asked_for(tmp_path, monkeypatch):
+    events = []
+    reformat = av.VideoFrame.from_ndarray
+
+    def noted(*args, **kwargs):
+        events.append("encoded")
+        return reformat(*args, **kwargs)
+
+    def chunks():
+        for _ in range(3):
+            events.append("asked")
+            yield noise(2, 8, 8)
+
+    monkeypatch.setattr(video.av, "VideoFrame", type("VideoFrame", (), {"from_ndarray": staticmethod(noted)}))
+    video.write_video(tmp_path / "a.mp4", chunks(), 10)
+    assert events == ["asked", "encoded", "encoded"] * 3
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize(
+    ("before", "last", "message"),
+    [
+        (0, OSError("no more"), "no more"),
+        (1, OSError("no more"), "no more"),
+        (60, OSError("no more"), "no more"),
+        (1, noise(1, 8, 6), r"size of frames is \(8, 6\), allowed: that of the first chunk, \(8, 8\)"),
+        (60, noise(1, 8, 8)[0], "uint8 t h w 3"),
+        (1, np.zeros((1, 8, 8, 3)), "frames is 'float64"),
+    ],
+)
+def test_chunks_that_end_in_an_error_leave_no_file(tmp_path, before, last, message, lossless):
+    def chunks():
+        yield from (noise(1, 8, 8) for _ in range(before))
+        if isinstance(last, Exception):
+            raise last
+        yield last
+
+    target = tmp_path / ("a.mkv" if lossless else "a.mp4")
+    target.write_bytes(b"before")
+    with pytest.raises((OSError, ValueError), match=message):
+        video.write_video(target, chunks(), 10, lossless)
+    assert target.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 @pytest.mark.parametrize("c", [1, 3])

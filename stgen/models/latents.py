@@ -9,6 +9,7 @@ t' = 1 + ceil((t - 1) / p), h' = ceil(h / s), w' = ceil(w / s) for compression p
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeAlias, get_args
 
@@ -161,9 +162,7 @@ def decode(vae: VideoVAE, latents: Tensor, size: tuple[int, int, int]) -> Tensor
         ValueError: a VAE of another class, or latents that are not those of a video of this size.
     """
     t, h, w = size
-    _require_shape(vae, "latents", latents, latent_shape(vae, t, h, w))
-    mean, std = latent_statistics(vae, latents.float())
-    z = (latents.float() * std + mean).to(vae.dtype)
+    z = _denormalise(vae, latents, size)
     if _is(vae, AutoencoderKL):
         images = z.transpose(1, 2).flatten(0, 1).split(_IMAGES_AT_ONCE)
         video = torch.cat([vae.decode(some).sample for some in images]).unflatten(0, (len(z), t)).transpose(1, 2)
@@ -178,6 +177,38 @@ def decode(vae: VideoVAE, latents: Tensor, size: tuple[int, int, int]) -> Tensor
     video = video[:, :, :t, :h, :w].float()
     _require_shape(vae, "video", video, (video.shape[1], t, h, w))
     return video
+
+
+def decode_stream(vae: VideoVAE, latents: Tensor, size: tuple[int, int, int]) -> Iterator[Tensor]:
+    """Normalised latents -> video as it is decoded, without gradients; all chunks together are what `decode` gives.
+
+    Ours is decoded a few latents at a time, and between them holds its causal state only. Diffusers' VAEs have no way to
+    stop and go on, and give the video whole, in one chunk.
+
+    Args:
+        latents, size: as for `decode`.
+
+    Yields:
+        float32 `b c n h w`, about [-1, 1] but not cut to it; the n sum to t.
+    Raises:
+        ValueError: as `decode`, instead of the first chunk.
+    """
+    if not _is(vae, AutoencoderKLSTGen):
+        with torch.no_grad():
+            video = decode(vae, latents, size)
+        yield video
+        return
+    z = _denormalise(vae, latents, size)
+    streams = [vae.decode_stream(some, size) for some in z.split(1 if vae.use_slicing else len(z))]
+    for chunks in zip(*streams, strict=True):
+        yield torch.cat(chunks).float()
+
+
+def _denormalise(vae: VideoVAE, latents: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Latents as the VAE has them, after a check of their shape against (t, h, w) of the video."""
+    _require_shape(vae, "latents", latents, latent_shape(vae, *size))
+    mean, std = latent_statistics(vae, latents.float())
+    return (latents.float() * std + mean).to(vae.dtype)
 
 
 def _decode_ltx(vae: AutoencoderKLLTXVideo, z: Tensor) -> Tensor:
