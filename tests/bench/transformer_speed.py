@@ -12,11 +12,11 @@ then hurts all alike. `fraction` is the model's matrix FLOPs over its time, over
 
 import argparse
 import math
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import LatteTransformer3DModel, WanTransformer3DModel
@@ -189,6 +189,11 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - begin
 
 
+def peak_kib() -> int:
+    """The most memory that this process has had. Not `ru_maxrss`, which begins as the parent's."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 def peak_memory(name: str, grid: tuple[int, int, int]) -> float:
     """MiB above the loaded model that one forward takes, measured in a process of its own."""
     run = [sys.executable, __file__, "--memory-of", name, "--grid", ",".join(map(str, grid))]
@@ -214,9 +219,9 @@ def main() -> None:
 
     if arguments.memory_of:
         forward = prepare(models[arguments.memory_of](), device, dtype, False)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_kib()
         forward()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print((peak_kib() - before) / 1024)
         return
     if arguments.memory:
         for name in models:

@@ -13,7 +13,6 @@ then hurts all alike. `fraction` is the convolution and matrix FLOPs over the ti
 import argparse
 import itertools
 import math
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformer_speed import seconds
+from transformer_speed import peak_kib, seconds
 
 from stgen import AutoencoderKLSTGen
 from stgen.data.reading import to_pixels
@@ -162,12 +161,12 @@ def peak_memory(name: str, kind: str, clip: tuple[int, int, int]) -> float:
         else torch.zeros(1, 16, 1 + (t - 1) // 4, h // 8, w // 8)
     )
     with torch.inference_mode():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = peak_kib()
         result = getattr(model, kind)(x)
         if kind.endswith("stream"):
             for _ in result:
                 pass
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        return (peak_kib() - before) / 1024
 
 
 def memory(lengths: tuple[int, ...], size: tuple[int, int]) -> None:
