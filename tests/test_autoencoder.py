@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from conftest import fill_zeros, tiny_vae
+from diffusers.hooks.group_offloading import ModuleGroup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -430,6 +432,38 @@ def test_regional_compilation_gives_the_same_video(monkeypatch: pytest.MonkeyPat
     z = torch.cat(list(vae.encode_stream(video, 1)), dim=2)
     frames = torch.cat(list(vae.decode_stream(z, (5, 8, 8), 1)), dim=2)
     torch.testing.assert_close(frames, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_sequential_offload_and_layerwise_casting(form: str) -> None:
+    """Both bring the weights of a layer when that layer is called, so no layer's weights may be read from outside."""
+    video = noise(1, 3, 5, 12, 16)
+    expected = tiny_vae(**FORMS[form])(video).sample
+    vae = cpu_offload(tiny_vae(**FORMS[form]), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in vae.parameters())
+    torch.testing.assert_close(vae(video).sample, expected)
+    vae = tiny_vae(**FORMS[form])
+    vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert (vae(video).sample - expected).abs().mean() < 0.5 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("form", ["default", "stable diffusion"])
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+@torch.no_grad()
+def test_group_offload_brings_every_weight(form: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`encode` and `decode` are no `forward`, at which diffusers would bring what belongs to no block."""
+    vae = tiny_vae(**FORMS[form])
+    vae.enable_group_offload(torch.device("cpu"), offload_type=level, num_blocks_per_group=1)
+    brought: set[torch.nn.Parameter] = set()
+    monkeypatch.setattr(
+        ModuleGroup,
+        "onload_",
+        lambda self: brought.update(self.parameters, *(module.parameters() for module in self.modules)),
+    )
+    vae.decode(vae.encode(noise(1, 3, 5, 12, 16)).latent_dist.mode())
+    assert not [name for name, parameter in vae.named_parameters() if parameter not in brought]
 
 
 @torch.no_grad()

@@ -194,6 +194,7 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResBlock3d"]
     _repeated_blocks = ["ResBlock3d"]
+    _group_offload_block_modules = ["encoder", "post_quant_conv", "decoder"]  # `encode` and `decode` enter there
 
     @register_to_config
     def __init__(
