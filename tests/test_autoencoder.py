@@ -348,6 +348,15 @@ def test_fsq_has_exactly_its_levels(levels: list[int], seed: int) -> None:
     torch.testing.assert_close(quantizer.indices_to_codes(indices), codes)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fsq_has_its_levels_in_half_precision(dtype: torch.dtype) -> None:
+    quantizer = FiniteScalarQuantizer((2, 3, 8, 16))
+    z = torch.randn(1, 4, 1, 60, 60, generator=torch.Generator().manual_seed(0)) * 5
+    codes = quantizer(z.to(dtype))
+    assert codes.dtype == dtype
+    assert [channel.unique().numel() for channel in codes.unbind(1)] == [2, 3, 8, 16]
+
+
 def test_fsq_numbers_every_code_once() -> None:
     quantizer = FiniteScalarQuantizer((3, 4, 5))
     numbers = torch.arange(60).view(1, 1, 1, 60)
