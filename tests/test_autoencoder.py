@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from conftest import fill_zeros, tiny_vae
+from diffusers.hooks.group_offloading import ModuleGroup
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -328,6 +330,37 @@ def test_slices_are_the_batch() -> None:
     torch.testing.assert_close(vae.decode(z).sample, sample, atol=1e-4, rtol=1e-5)
 
 
+def test_tiles_stay_as_they_were_set() -> None:
+    vae = tiny_vae()
+    assert (vae.tile_size, vae.tile_stride) == ((256, 256), (192, 192))
+    vae.enable_tiling(64, 32, 32)
+    vae.disable_tiling()
+    assert not vae.use_tiling
+    vae.enable_tiling()
+    assert vae.use_tiling
+    assert (vae.tile_size, vae.tile_stride) == ((64, 32), (32, 24))
+    vae.enable_tiling(tile_sample_min_height=128)
+    assert (vae.tile_size, vae.tile_stride) == ((128, 32), (96, 24))
+    odd = tiny_vae(patch_size=3)  # compression 6
+    odd.enable_tiling()
+    assert (odd.tile_size, odd.tile_stride) == ((258, 258), (192, 192))
+
+
+def test_checkpointing_of_tiles_in_chunks_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stgen.models.autoencoder._CHUNK_PIXELS", {"cpu": 1})
+    gradients = []
+    for checkpointing in (False, True):
+        vae = tiny_vae().train()
+        vae.enable_tiling(16, 16, 8, 8)
+        if checkpointing:
+            vae.enable_gradient_checkpointing()
+        vae(noise(1, 3, 9, 20, 16)).sample.square().mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in vae.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
 # --- Bottlenecks --------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +377,15 @@ def test_fsq_has_exactly_its_levels(levels: list[int], seed: int) -> None:
     assert indices.min() >= 0
     assert indices.max() < quantizer.codebook_size
     torch.testing.assert_close(quantizer.indices_to_codes(indices), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fsq_has_its_levels_in_half_precision(dtype: torch.dtype) -> None:
+    quantizer = FiniteScalarQuantizer((2, 3, 8, 16))
+    z = torch.randn(1, 4, 1, 60, 60, generator=torch.Generator().manual_seed(0)) * 5
+    codes = quantizer(z.to(dtype))
+    assert codes.dtype == dtype
+    assert [channel.unique().numel() for channel in codes.unbind(1)] == [2, 3, 8, 16]
 
 
 def test_fsq_numbers_every_code_once() -> None:
@@ -432,6 +474,38 @@ def test_regional_compilation_gives_the_same_video(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(frames, expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_sequential_offload_and_layerwise_casting(form: str) -> None:
+    """Both bring the weights of a layer when that layer is called, so no layer's weights may be read from outside."""
+    video = noise(1, 3, 5, 12, 16)
+    expected = tiny_vae(**FORMS[form])(video).sample
+    vae = cpu_offload(tiny_vae(**FORMS[form]), torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in vae.parameters())
+    torch.testing.assert_close(vae(video).sample, expected)
+    vae = tiny_vae(**FORMS[form])
+    vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert vae.decoder.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert (vae(video).sample - expected).abs().mean() < 0.5 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("form", ["default", "stable diffusion"])
+@pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+@torch.no_grad()
+def test_group_offload_brings_every_weight(form: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`encode` and `decode` are no `forward`, at which diffusers would bring what belongs to no block."""
+    vae = tiny_vae(**FORMS[form])
+    vae.enable_group_offload(torch.device("cpu"), offload_type=level, num_blocks_per_group=1)
+    brought: set[torch.nn.Parameter] = set()
+    monkeypatch.setattr(
+        ModuleGroup,
+        "onload_",
+        lambda self: brought.update(self.parameters, *(module.parameters() for module in self.modules)),
+    )
+    vae.decode(vae.encode(noise(1, 3, 5, 12, 16)).latent_dist.mode())
+    assert not [name for name, parameter in vae.named_parameters() if parameter not in brought]
+
+
 @torch.no_grad()
 def test_half_precision_runs_and_is_close() -> None:
     vae = tiny_vae(**FORMS["wan"])
@@ -475,8 +549,22 @@ def test_what_are_no_latents_is_refused() -> None:
         vae.decode(torch.zeros(1, 4, 2, 4, 4), sample_size=(9, 16, 16))
     with pytest.raises(ValueError, match="frames is 'no clip', allowed: at least one frame"):
         list(vae.encode_stream(iter([])))
+    with pytest.raises(ValueError, match="latents is 'no latents', allowed: at least one"):
+        list(vae.decode_stream(iter([])))
     with pytest.raises(ValueError, match="chunk is 0"):
         list(vae.decode_stream(torch.zeros(1, 4, 2, 4, 4), chunk=0))
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_pieces_that_do_not_fit_are_refused(chunk: int) -> None:
+    vae = tiny_vae()
+    with pytest.raises(ValueError, match=r"x.shape is \(1, 3, 4, 12, 8\), allowed: .* of other pieces in all but t"):
+        list(vae.encode_stream(iter([noise(1, 3, 5, 8, 8), noise(1, 3, 4, 12, 8)]), chunk))
+    with pytest.raises(ValueError, match=r"z.shape is \(2, 4, 1, 4, 4\), allowed: .* of other pieces in all but t"):
+        list(vae.decode_stream(iter([noise(1, 4, 2, 4, 4), noise(2, 4, 1, 4, 4)]), chunk=chunk))
+    for size in ((4, 16, 16), (10, 16, 16), (9, 20, 16), (9, 16, -3)):  # of a video of 6 to 9 frames, 16x16
+        with pytest.raises(ValueError, match="sample_size is"):
+            list(vae.decode_stream(iter([noise(1, 4, 3, 4, 4)]), size, chunk))
 
 
 @pytest.mark.parametrize(
@@ -494,6 +582,7 @@ def test_what_are_no_latents_is_refused() -> None:
         ({"patch": "haar", "patch_size": 3}, "patch_size is 3, allowed: a power of 2"),
         ({"block_out_channels": (8, 24, 16)}, r"block_out_channels is \(8, 24, 16\), allowed: 8 \* 8 a multiple of 24"),
         ({"layers_per_block": 0}, "layers_per_block is 0"),
+        ({"decoder_layers_per_block": 0}, "decoder_layers_per_block is 0"),
     ],
 )
 def test_a_nonsense_configuration_is_refused(arguments: dict, message: str) -> None:
@@ -507,6 +596,7 @@ def test_a_nonsense_configuration_is_refused(arguments: dict, message: str) -> N
         ((30, 32), "tile_sample_min_height is 30, allowed: a multiple of 4"),
         ((32, 32, 40, 32), "tile_sample_stride_height is 40, allowed: a multiple of 4 up to 32"),
         ((32, 32, 16, 6), "tile_sample_stride_width is 6"),
+        ((0, 32), "tile_sample_min_height is 0"),
     ],
 )
 def test_nonsense_tiles_are_refused(arguments: tuple, message: str) -> None:

@@ -66,6 +66,13 @@ def test_a_clip_begins_as_the_image_vae_of_its_frames() -> None:
     torch.testing.assert_close(compressed.decode(z[:, :, ::4]).sample, shown, atol=1e-5, rtol=1e-5)
 
 
+def test_half_precision_weights_are_inflated_in_float32() -> None:
+    image = image_vae().to(torch.bfloat16)
+    video, expected = inflate(image), inflate(image.float())
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(video.state_dict()[name], weight), name
+
+
 def test_every_weight_of_the_image_vae_is_used() -> None:
     image = image_vae()
     parameters = sum(p.numel() for p in image.parameters())

@@ -57,7 +57,8 @@ class _Stack(nn.Module):
         # Channels last from here on: convolutions and sums keep the layout of what they are given.
         x = self.conv_in(x.movedim(2, -1).contiguous().movedim(-1, 2), state)
         for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            # Computed again, a block would remember its frames twice: a chunk with its state is not checkpointed.
+            if torch.is_grad_enabled() and self.gradient_checkpointing and state is None:
                 x = self._gradient_checkpointing_func(block, x)
             else:
                 x = block(x, state)
@@ -194,6 +195,7 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ResBlock3d"]
     _repeated_blocks = ["ResBlock3d"]
+    _group_offload_block_modules = ["encoder", "post_quant_conv", "decoder"]  # `encode` and `decode` enter there
 
     @register_to_config
     def __init__(
@@ -224,6 +226,8 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
             require(number >= 1, name, number, "1 or more")
         for name, number in (("layers_per_block", layers_per_block), ("patch_size", patch_size)):
             require(number >= 1, name, number, "1 or more")
+        depth = layers_per_block if decoder_layers_per_block is None else decoder_layers_per_block
+        require(depth >= 1, "decoder_layers_per_block", depth, "1 or more, or None")
         require(len(channels) > 0 and min(channels) >= 1, "block_out_channels", channels, "one width or more")
         for name, choice, allowed in (
             ("patch", patch, ("shuffle", "haar")),
@@ -259,7 +263,6 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         self.encoder = Encoder3d(in_channels * patch_size**2, moments, channels, layers_per_block, *shared)
         self.quantizer = FiniteScalarQuantizer(fsq_levels) if fsq_levels is not None else None
         self.post_quant_conv = CausalConv3d(z, z, 1) if use_post_quant_conv else None
-        depth = layers_per_block if decoder_layers_per_block is None else decoder_layers_per_block
         self.decoder = Decoder3d(z, out_channels * patch_size**2, channels, depth, *shared)
         if bottleneck == "kl":
             # Begin with a narrow posterior: at the usual log-variance of 0, its noise drowns the first latents and the
@@ -268,7 +271,13 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
                 self.encoder.conv_out.bias[z:] = -6.0
         self.use_slicing = False
         self.use_tiling = False
-        self.tile_size, self.tile_stride = (256, 256), (192, 192)
+        s = self.spatial_compression_ratio
+        tile = -(-256 // s) * s
+        self.tile_size, self.tile_stride = (tile, tile), (self._usual_stride(tile),) * 2
+
+    def _usual_stride(self, tile: int) -> int:
+        s = self.spatial_compression_ratio
+        return max(s, tile * 3 // 4 // s * s)
 
     def enable_tiling(
         self,
@@ -283,23 +292,27 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         most of it.
 
         Args:
-            tile_sample_min_height, tile_sample_min_width: of a tile in pixels, 256 by default.
-            tile_sample_stride_height, tile_sample_stride_width: from a tile to the next; three quarters by default.
+            tile_sample_min_height, tile_sample_min_width: of a tile in pixels; None for what it was before, at first
+                256 rounded up to a multiple of the spatial compression.
+            tile_sample_stride_height, tile_sample_stride_width: from a tile to the next; None for three quarters of a
+                tile given here, else for what it was before.
 
         Raises:
             ValueError: a number is no multiple of the spatial compression, or the stride is above the tile.
         """
         s = self.spatial_compression_ratio
-        size = (tile_sample_min_height or self.tile_size[0], tile_sample_min_width or self.tile_size[1])
-        stride = (
-            tile_sample_stride_height or max(s, size[0] * 3 // 4 // s * s),
-            tile_sample_stride_width or max(s, size[1] * 3 // 4 // s * s),
-        )
+        size, stride = list(self.tile_size), list(self.tile_stride)
+        for i, tile in enumerate((tile_sample_min_height, tile_sample_min_width)):
+            if tile is not None:
+                size[i], stride[i] = tile, self._usual_stride(tile)
+        for i, step in enumerate((tile_sample_stride_height, tile_sample_stride_width)):
+            if step is not None:
+                stride[i] = step
         for name, tile, step in zip(("height", "width"), size, stride, strict=True):
             require(tile % s == 0 and tile >= s, f"tile_sample_min_{name}", tile, f"a multiple of {s}")
             fits = step % s == 0 and s <= step <= tile
             require(fits, f"tile_sample_stride_{name}", step, f"a multiple of {s} up to {tile}")
-        self.use_tiling, self.tile_size, self.tile_stride = True, size, stride
+        self.use_tiling, self.tile_size, self.tile_stride = True, (size[0], size[1]), (stride[0], stride[1])
 
     # --- Chunks and tiles -----------------------------------------------------------------------------------------
 
@@ -378,9 +391,10 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         waiting: Tensor | None = None
         for clip in clips:
             self._check_video(clip)
-            if waiting is None and not begun:
+            if waiting is None:
                 chunk = chunk or self._chunk(clip, *clip.shape[3:])
             assert chunk is not None
+            _require_same_size("x.shape", clip, clip if waiting is None else waiting)
             waiting = clip if waiting is None else torch.cat([waiting, clip], dim=2)
             while waiting.shape[2] >= (wanted := chunk * p if begun else 1 + (chunk - 1) * p):
                 yield self._encode_chunk(waiting[:, :, :wanted], states)
@@ -457,11 +471,15 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
     def _decode_chunks(self, pieces: Iterable[Tensor], chunk: int | None = None) -> Iterator[Tensor]:
         states: dict[tuple[int, int], CausalState] = defaultdict(CausalState)
         s = self.spatial_compression_ratio
+        first: Tensor | None = None
         for piece in pieces:
             self._check_latents(piece)
+            first = piece[:, :, :1] if first is None else first
+            _require_same_size("z.shape", piece, first)
             chunk = chunk or self._chunk(piece, piece.shape[3] * s, piece.shape[4] * s)
             for z in piece.split(chunk, dim=2):
                 yield self._tiled(self._decode, z, states, 1, s)
+        require(first is not None, "latents", "no latents", "at least one")
 
     def _check_latents(self, z: Tensor) -> None:
         fits = z.ndim == 5 and z.shape[1] == self.config.latent_channels and min(z.shape) >= 1
@@ -521,17 +539,23 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         Yields:
             Video `b c n h w`.
         Raises:
-            ValueError: as `decode`, when the piece is reached.
+            ValueError: as `decode`, when the piece is reached; pieces of different sizes; no latents at all.
         """
         require(chunk is None or chunk >= 1, "chunk", chunk, "1 or more, or None")
         if sample_size is not None and isinstance(latents, Tensor):
             self._check_sample_size(latents, sample_size)
-        t, h, w = sample_size or (None, None, None)
-        for video in self._decode_chunks([latents] if isinstance(latents, Tensor) else latents, chunk):
-            video = video[:, :, :t, :h, :w]
-            t = None if t is None else t - video.shape[2]
-            if video.shape[2]:
-                yield video
+        videos = self._decode_chunks([latents] if isinstance(latents, Tensor) else latents, chunk)
+        if sample_size is None:
+            yield from videos
+            return
+        done, (t, h, w), s = 0, sample_size, self.spatial_compression_ratio
+        for video in videos:
+            size, end = tuple(video.shape[3:]), done + video.shape[2]
+            fits = size == (-(-h // s) * s, -(-w // s) * s) and end - t < self.temporal_compression_ratio
+            require(fits, "sample_size", tuple(sample_size), f"that of a video with latents of {end} frames of {size}")
+            yield video[:, :, : t - done, :h, :w]
+            done = end
+        require(done >= t, "sample_size", tuple(sample_size), f"that of a video with latents of {done} frames")
 
     def forward(
         self,
@@ -544,6 +568,12 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z, return_dict=return_dict, sample_size=tuple(sample.shape[2:]))
+
+
+def _require_same_size(name: str, piece: Tensor, other: Tensor) -> None:
+    same = (piece.shape[0], *piece.shape[3:]) == (other.shape[0], *other.shape[3:])
+    allowed = f"(b, c, t, h, w) of other pieces in all but t, such as {tuple(other.shape)}"
+    require(same, name, tuple(piece.shape), allowed)
 
 
 def _scaled(cells: slice, unit: int) -> slice:

@@ -49,13 +49,14 @@ class FiniteScalarQuantizer(nn.Module):
         """Any `b z t h w` -> codes; the gradient goes straight through the rounding.
 
         code = round(tanh(z + shift) (L - 1) / 2 - offset) / floor(L / 2), with offset 1/2 for even L, so that there are L
-        levels, and shift such that 0 stays 0 before rounding.
+        levels, and shift such that 0 stays 0 before rounding. In float32, since bfloat16 has no 1.001 (L - 1) / 2.
         """
+        dtype, z = z.dtype, z.float()
         half = self._per_channel([(level - 1) * (1 + 1e-3) / 2 for level in self.levels], z)
         offset = self._per_channel([0.5 if level % 2 == 0 else 0.0 for level in self.levels], z)
         bounded = (z + torch.atanh(offset / half)).tanh() * half - offset
         rounded = bounded + (bounded.round() - bounded).detach()
-        return rounded / self._per_channel([level // 2 for level in self.levels], z)
+        return (rounded / self._per_channel([level // 2 for level in self.levels], z)).to(dtype)
 
     def codes_to_indices(self, codes: Tensor) -> Tensor:
         """Codes `b z t h w` -> their numbers `b t h w`, int64 from 0 to `codebook_size - 1`."""

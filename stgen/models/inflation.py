@@ -20,7 +20,7 @@ from stgen.models.layers import CausalConv3d, ConvUpsample3d, ResBlock3d, Spatia
 
 @torch.no_grad()
 def inflate(image_vae: AutoencoderKL, temporal_downsample: Sequence[bool] | None = None) -> AutoencoderKLSTGen:
-    """A video VAE that is `image_vae` for clips of one frame, in encoding and decoding.
+    """A video VAE that is `image_vae` for clips of one frame, in encoding and decoding; in float32, on the CPU.
 
     Args:
         image_vae: Stable Diffusion's, SDXL's, SD3's, Flux's or another of their form.
@@ -62,10 +62,10 @@ def inflate(image_vae: AutoencoderKL, temporal_downsample: Sequence[bool] | None
         _copy(ours.conv_norm_out, theirs.conv_norm_out)
         _inflate(ours.conv_out, theirs.conv_out)
     if config.use_quant_conv:  # a 1x1 convolution behind a convolution is one convolution
-        quant = image_vae.quant_conv.weight[:, :, 0, 0]
         conv = vae.encoder.conv_out
+        quant, bias = (x.to(conv.weight) for x in (image_vae.quant_conv.weight[:, :, 0, 0], image_vae.quant_conv.bias))
         conv.weight.copy_(torch.einsum("mo,octhw->mcthw", quant, conv.weight))
-        conv.bias.copy_(quant @ conv.bias + image_vae.quant_conv.bias)
+        conv.bias.copy_(quant @ conv.bias + bias)
     if vae.post_quant_conv is not None:  # not so before one, since the bias would have to end at the border
         _inflate(vae.post_quant_conv, image_vae.post_quant_conv)
     return vae

@@ -187,37 +187,46 @@ def channels_to_space(x: Tensor, p: int, s: int, begins: bool = True) -> Tensor:
     return x[p - 1 :] if begins else x
 
 
-class ShuffleDownsample3d(nn.Module):
-    """Pixels into channels and a projection, with a shortcut that averages channels (DC-AE, arXiv:2410.10733).
+class ShortcutLinear(nn.Linear):
+    """A projection around a shortcut without parameters, in one product: y = W x + S x = (W + S) x (DC-AE, arXiv:2410.10733).
 
-    y = W x + mean(x) = (W + M) x, where output channel o averages the input channels o, o + out_channels, ...
+    S averages channels where there are fewer after it (output o is the mean of inputs o, o + out_features, ...) and
+    repeats them where there are more. A `Linear` itself, so that what wraps or hooks one (LoRA, offloading, casting)
+    finds it.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, wide = self.weight.shape
+        narrow = min(out, wide)
+        eye = torch.eye(narrow, dtype=self.weight.dtype, device=self.weight.device)
+        shortcut = eye.repeat(out // narrow, wide // narrow) * (narrow / wide)
+        return F.linear(x, self.weight + shortcut, self.bias)
+
+
+class ShuffleDownsample3d(nn.Module):
+    """Pixels into channels and a projection, with a shortcut that averages channels (DC-AE)."""
 
     def __init__(self, in_channels: int, out_channels: int, p: int, s: int) -> None:
         super().__init__()
         self.p, self.s = p, s
-        self.proj = nn.Linear(in_channels * p * s * s, out_channels)
+        self.proj = ShortcutLinear(in_channels * p * s * s, out_channels)
 
     def forward(self, x: Tensor, state: CausalState | None = None) -> Tensor:
         x = space_to_channels(x, self.p, self.s, begins(state)).movedim(2, -1)
-        out, wide = self.proj.weight.shape
-        mean = torch.eye(out, dtype=x.dtype, device=x.device).repeat(1, wide // out) * (out / wide)
-        return F.linear(x, self.proj.weight + mean, self.proj.bias).movedim(-1, 2)
+        return self.proj(x).movedim(-1, 2)
 
 
 class ShuffleUpsample3d(nn.Module):
-    """A projection and channels into pixels, with a shortcut that repeats channels (DC-AE): y = (W + R) x."""
+    """A projection and channels into pixels, with a shortcut that repeats channels (DC-AE)."""
 
     def __init__(self, in_channels: int, out_channels: int, p: int, s: int) -> None:
         super().__init__()
         self.p, self.s = p, s
-        self.proj = nn.Linear(in_channels, out_channels * p * s * s)
+        self.proj = ShortcutLinear(in_channels, out_channels * p * s * s)
 
     def forward(self, x: Tensor, state: CausalState | None = None) -> Tensor:
-        wide, width = self.proj.weight.shape
-        repeated = torch.eye(width, dtype=x.dtype, device=x.device).repeat(wide // width, 1)
-        y = F.linear(x.movedim(2, -1), self.proj.weight + repeated, self.proj.bias)
-        return channels_to_space(y.movedim(-1, 2), self.p, self.s, begins(state))
+        y = self.proj(x.movedim(2, -1)).movedim(-1, 2)
+        return channels_to_space(y, self.p, self.s, begins(state))
 
 
 class ConvDownsample3d(CausalConv3d):
