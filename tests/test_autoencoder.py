@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from conftest import fill_zeros, tiny_vae
 from diffusers.hooks.group_offloading import ModuleGroup
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,6 +62,7 @@ def whole(vae: AutoencoderKLSTGen, video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @given(st.sampled_from(sorted(FORMS)), st.integers(1, 14), st.integers(1, 20), st.integers(1, 20))
+@example("stable diffusion", 1, 1, 1)
 @settings(max_examples=25, deadline=None)
 @torch.no_grad()
 def test_any_clip_comes_back_in_its_exact_shape(form: str, t: int, h: int, w: int) -> None:

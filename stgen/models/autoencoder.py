@@ -165,8 +165,8 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
     padded inside by repeating its border; `forward` and `decode(..., sample_size=)` crop it back.
 
     Without gradients clips are encoded and decoded in chunks of frames, with the result of the whole clip, so memory
-    beyond the input and the output does not grow with the clip's length. `encode_stream` and `decode_stream` do not hold
-    those either.
+    beyond the input and twice the output does not grow with the clip's length. `encode_stream` and `decode_stream` do not
+    hold those either.
 
     Args:
         in_channels, out_channels: of the video.
@@ -362,16 +362,18 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
             if len(tiles) == 1:
                 return y
             if out is None or total is None:
-                out, total = (y.new_zeros(*y.shape[:3], *(n * cell_out for n in cells)) for _ in range(2))
+                # At least in float32: in bfloat16 weights and their sums are off by a percent.
+                dtype = torch.promote_types(y.dtype, torch.float32)
+                out, total = (y.new_zeros(*y.shape[:3], *(n * cell_out for n in cells), dtype=dtype) for _ in range(2))
             vertical, horizontal = (
-                _ramp(length, (tile - step) * cell_out, begin > 0, begin + tile < n, y)
+                _ramp(length, (tile - step) * cell_out, begin > 0, begin + tile < n, out)
                 for length, tile, step, begin, n in zip(y.shape[3:], size, stride, (top, left), cells, strict=True)
             )
             weight = vertical[:, None] * horizontal
             out[..., _scaled(rows, cell_out), _scaled(columns, cell_out)] += y * weight
             total[..., _scaled(rows, cell_out), _scaled(columns, cell_out)] += weight
         assert out is not None
-        return out / total
+        return (out / total).to(y.dtype)
 
     # --- Encoding -------------------------------------------------------------------------------------------------
 
@@ -390,7 +392,6 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         p, begun = self.temporal_compression_ratio, False
         waiting: Tensor | None = None
         for clip in clips:
-            self._check_video(clip)
             if waiting is None:
                 chunk = chunk or self._chunk(clip, *clip.shape[3:])
             assert chunk is not None
@@ -405,7 +406,7 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
             missing = (-waiting.shape[2] if begun else 1 - waiting.shape[2]) % p
             yield self._encode_chunk(F.pad(waiting, (0, 0, 0, 0, 0, missing), mode="replicate"), states)
 
-    def _check_video(self, x: Tensor) -> None:
+    def _check_video(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape)
         fits = x.ndim == 5 and shape[1] == self.config.in_channels and min(shape) >= 1
         require(fits, "x.shape", shape, f"(b, {self.config.in_channels}, t, h, w) with all of 1 or more")
@@ -413,9 +414,9 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
             low, high = (float(bound) for bound in torch.aminmax(x))
             fits = low >= -1.01 and high <= 1.01  # false for NaN
             require(fits, "range of x", (low, high), "finite pixels in [-1, 1]")
+        return x
 
     def _moments(self, x: Tensor) -> Tensor:
-        self._check_video(x)
         t, h, w = x.shape[2:]
         p, s = self.temporal_compression_ratio, self.spatial_compression_ratio
         if self._in_one_piece(x, 1 + -(-(t - 1) // p), h, w):
@@ -437,6 +438,7 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
             ValueError: not a video of `in_channels` channels and at least one frame; without gradients, also pixels that
                 are not finite or outside [-1, 1].
         """
+        self._check_video(x)
         slices = x.split(1) if self.use_slicing and len(x) > 1 else [x]
         posterior = self._posterior(torch.cat([self._moments(some) for some in slices]))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -456,7 +458,8 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
             ValueError: as `encode`, when the piece is reached; pieces of different sizes; no frames at all.
         """
         require(chunk is None or chunk >= 1, "chunk", chunk, "1 or more, or None")
-        for moments in self._encode_chunks([frames] if isinstance(frames, Tensor) else frames, chunk):
+        pieces = map(self._check_video, [frames] if isinstance(frames, Tensor) else frames)
+        for moments in self._encode_chunks(pieces, chunk):
             yield self._posterior(moments).mode()
 
     # --- Decoding -------------------------------------------------------------------------------------------------
@@ -486,7 +489,6 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         require(fits, "z.shape", tuple(z.shape), f"(b, {self.config.latent_channels}, t, h, w) with all of 1 or more")
 
     def _video(self, z: Tensor) -> Tensor:
-        self._check_latents(z)
         t, h, w = z.shape[2:]
         if self._in_one_piece(z, t, h * self.spatial_compression_ratio, w * self.spatial_compression_ratio):
             return self._decode(z)
@@ -504,6 +506,7 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         Raises:
             ValueError: the latents' channels are not `latent_channels`, or `sample_size` is not that of such latents.
         """
+        self._check_latents(z)
         if sample_size is not None:
             self._check_sample_size(z, sample_size)
         slices = z.split(1) if self.use_slicing and len(z) > 1 else [z]

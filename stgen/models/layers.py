@@ -120,7 +120,9 @@ class FrameGroupNorm(nn.GroupNorm):
     """Group norm of each frame by itself (Wu & He 2018, arXiv:1803.08494), which is that of image VAEs for one frame."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(_pictures(x)).unflatten(0, x.shape[:2])
+        # Not `F.group_norm`, which refuses a frame of one place where each channel is a group.
+        y = torch.group_norm(_pictures(x), self.num_groups, self.weight, self.bias, self.eps)
+        return y.unflatten(0, x.shape[:2])
 
 
 NORMS = {
