@@ -457,9 +457,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(form: str) -> None:
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-6)
 
 
-def test_regional_compilation_gives_the_same_video(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A variant for each width and resolution; by default dynamo gives up after 8.
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+@torch._dynamo.config.patch(recompile_limit=64)  # a variant for each width and resolution; by default 8
+def test_regional_compilation_gives_the_same_video() -> None:
     vae = tiny_vae()
     video = noise(1, 3, 5, 8, 8)
     _, expected = whole(vae, video)

@@ -180,7 +180,7 @@ def test_the_configuration_at_toy_size(tmp_path: Path) -> None:
         "RUN": str(tmp_path / "run"),
         "CLIPS": "4",
         "HELDOUT": "4",
-        "VAE": "samples=8 statistics_clips=2 model.block_out_channels=[8,16,16]",
+        "VAE": "samples=8 statistics_clips=2 validation.clips=4 model.block_out_channels=[8,16,16]",
         "RECONSTRUCT": "--clips 2",
     }
     command = ["bash", str(Path(__file__).parent.parent / "launch" / "demo.sh")]
