@@ -143,15 +143,21 @@ def mean_score(scores: Sequence[Score]) -> Score:
     require(len(scores) > 0, "scores", scores, "at least one")
     clips = sum(score.clips for score in scores)
 
-    def mean(name: str) -> float | None:
+    def mean(name: str) -> float:
         values = [getattr(score, name) for score in scores]
-        if all(value is None for value in values):
-            return None
         require(None not in values, name, "missing in some scores", "all or none")
         return sum(value * score.clips for value, score in zip(values, scores, strict=True)) / clips
 
-    names = ("psnr", "ssim", "temporal_difference_error", "perceptual_distance")
-    return Score(clips, **{name: mean(name) for name in names})  # type: ignore[arg-type]
+    def mean_if_any(name: str) -> float | None:
+        return None if all(getattr(score, name) is None for score in scores) else mean(name)
+
+    return Score(
+        clips=clips,
+        psnr=mean("psnr"),
+        ssim=mean("ssim"),
+        temporal_difference_error=mean_if_any("temporal_difference_error"),
+        perceptual_distance=mean_if_any("perceptual_distance"),
+    )
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------------
