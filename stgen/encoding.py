@@ -239,9 +239,9 @@ def encode_clips(
             torn.unlink()
         todo = [members for shard, members in shards.items() if not (out / shard).exists()]
         done = len(rows) - sum(map(len, todo))
-        worker: tuple[Any, ...] = (data, out, str(vae), text_encoder, encoding)
+        worker = (data, out, str(vae), text_encoder, encoding, device if pool is None else pool.device)
         with progress_bar(len(rows), done, True, "encode") as bar:
-            failures = _encode(worker, todo, bar.update, device, pool)
+            failures = _encode(worker, todo, bar.update, pool) if todo else []
         if failures:
             raise ValueError(f"{len(failures)} of {len(shards)} shards failed; {failures[0]}")
         if not (out / INDEX).exists():
@@ -265,18 +265,12 @@ def _claim(out: Path, encoding: Encoding) -> None:
 
 
 def _encode(
-    worker: tuple[Any, ...],
-    todo: list[list[dict[str, Any]]],
-    update: Callable[[int], Any],
-    device: str,
-    pool: Pool | None,
+    arguments: tuple[Any, ...], todo: list[list[dict[str, Any]]], update: Callable[[int], Any], pool: Pool | None
 ) -> list[str]:
-    """Writes the shards of the rows of each; returns why some could not be written."""
+    """Writes a shard of each of these lists of rows; returns why some could not be written."""
     failures = []
-    if not todo:
-        return []
     if pool is None:
-        encoder = _Encoder(*worker, device)
+        encoder = _Encoder(*arguments)
         for rows in todo:
             try:
                 encoder.run(rows, update)
@@ -284,7 +278,7 @@ def _encode(
                 failures.append(str(error))
         return failures
     with pool.start():
-        for rows, _, failure in pool.map(_Encoder, (*worker, pool.device), todo, "the models"):
+        for rows, _, failure in pool.map(_Encoder, arguments, todo, "the models"):
             update(len(rows))
             failures += [f"{rows[0]['shard']}: {failure}"] if failure else []
     return failures

@@ -2,8 +2,9 @@
 
 A data folder holds plain WebDataset shards, which any WebDataset reader opens, and one `index.jsonl`. A sample is its clip,
 `KEY.mp4` or another of `CLIP_FILES` (npy: uint8 `t h w c`; an image is a clip of one frame), and `KEY.json` `{caption, fps,
-num_frames, height, width, source}`; `stgen data encode` adds `ENCODED_FILES`, or puts them in the clip's place. An index row repeats the json and says where each file lies, `{key, shard, files:
-{ext: [offset, size]}, ...}`, so that counts and captions need no scan, and any sample is one `seek` away.
+num_frames, height, width, source}`; `stgen data encode` adds `ENCODED_FILES`, or puts them in the clip's place. An index row
+repeats the json and says where each file lies, `{key, shard, files: {ext: [offset, size]}, ...}`, so that counts and
+captions need no scan, and any sample is one `seek` away.
 """
 
 import json
