@@ -68,6 +68,30 @@ def encode_text(
     return states * mask[..., None].to(states.dtype), mask
 
 
+def encode_distinct(
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: PreTrainedModel,
+    prompts: Sequence[str],
+    max_length: int,
+    show_progress: bool = False,
+) -> list[Tensor]:
+    """The states `n d` of each prompt, without padding; prompts of like lengths are encoded together."""
+    states: list[Tensor] = [torch.empty(0)] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in tqdm(range(0, len(prompts), 64), desc="encoding captions", unit="batch", disable=not show_progress):
+        chosen = by_length[first : first + 64]
+        hidden, mask = encode_text(tokenizer, encoder, [prompts[i] for i in chosen], max_length)
+        for i, row, kept in zip(chosen, hidden, mask, strict=True):
+            states[i] = row[kept]
+    return states
+
+
+def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """States `n d` of several prompts -> states `b n d` and mask bool `b n`, as `encode_text` gives them."""
+    mask = pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in states], batch_first=True)
+    return pad_sequence(list(states), batch_first=True), mask
+
+
 def shrink_text_encoder(name: str, texts: Iterable[str], layers: int, max_length: int, out: str | Path) -> None:
     """Saves the first `layers` layers of a BERT and the word pieces of `texts`, as a text encoder of a closed domain.
 
@@ -134,14 +158,7 @@ class TextCache:
             with safe_open(path, framework="pt") as file:
                 if file.metadata()["key"] == key:
                     return
-        tokenizer, encoder = load_text_encoder(encoder_name)
-        states: list[Tensor] = [torch.empty(0)] * len(distinct)
-        by_length = sorted(range(len(distinct)), key=lambda i: len(distinct[i]))
-        for first in tqdm(range(0, len(distinct), 64), desc="encoding captions", unit="batch"):
-            chosen = by_length[first : first + 64]
-            hidden, mask = encode_text(tokenizer, encoder, [distinct[i] for i in chosen], max_length)
-            for i, row, kept in zip(chosen, hidden, mask, strict=True):
-                states[i] = row[kept]
+        states = encode_distinct(*load_text_encoder(encoder_name), distinct, max_length, show_progress=True)
         ends = torch.tensor([len(s) for s in states]).cumsum(0)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -153,9 +170,11 @@ class TextCache:
         """Width d of the states."""
         return self.states.shape[1]
 
+    def __getitem__(self, prompt: str) -> Tensor:
+        """States `n d` of one prompt."""
+        i = self.rows[prompt]
+        return self.states[self.ends[i - 1] if i else 0 : self.ends[i]]
+
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States `b n d` and mask bool `b n`, as `encode_text` gives them."""
-        rows = [self.rows[prompt] for prompt in prompts]
-        states = [self.states[self.ends[i - 1] if i else 0 : self.ends[i]] for i in rows]
-        mask = pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in states], batch_first=True)
-        return pad_sequence(states, batch_first=True), mask
+        return pad_states([self[prompt] for prompt in prompts])
