@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from stgen.averaging import AveragedWeights
 from stgen.checkpoint import check_global_batch, checkpoints, resume, save_checkpoint
 from stgen.config import flatten_config, require, save_config
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader
@@ -77,8 +77,8 @@ def fit(
     model: torch.nn.Module,
     compute_losses: Callable[[torch.nn.Module, dict[str, Any], int], dict[str, Tensor]],
     after_backward: Callable[[int], dict[str, Tensor]] = lambda samples: {},
-    after_step: Callable[[EMAModel, int, int], None] = lambda ema, step, samples: None,
-) -> EMAModel:
+    after_step: Callable[[AveragedWeights, int, int], None] = lambda averaged, step, samples: None,
+) -> AveragedWeights:
     """Trains `model` to `config.samples` clips, from the newest checkpoint of the run if there is one.
 
     Args:
@@ -90,13 +90,12 @@ def fit(
         after_step: told the averaged weights, the optimizer steps done and the clips seen, after every step.
 
     Returns:
-        The averaged weights of the trainable and frozen parameters of `model`.
+        The averaged weights of the trainable parameters of `model`.
     """
     run = Path(config.run)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config.optimizer))
-    ema = EMAModel(model.parameters(), decay=config.optimizer.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
+    averaged = AveragedWeights(model, decay=config.optimizer.ema_decay)
+    averaged.register(accelerator)
     accelerator.init_trackers("stgen")
 
     step, samples = resume(accelerator, run)
@@ -120,8 +119,8 @@ def fit(
                 optimizer.zero_grad()
                 losses |= after_backward(samples)
                 logged.append({name: value.detach() for name, value in losses.items()})
-        ema.step(model.parameters())
         step, samples = step + 1, samples + global_batch
+        averaged.update(step, samples, global_batch)
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
             # A loss may set in during a run; the newest row has them all.
@@ -130,8 +129,8 @@ def fit(
             accelerator.log({**values, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
             logged = []
-        after_step(ema, step, samples)
+        after_step(averaged, step, samples)
         if step % config.checkpoint_every == 0 or samples >= config.samples:
             save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints)
     bar.close()
-    return ema
+    return averaged

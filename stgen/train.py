@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
+from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, clip_shape, to_pixels
 from stgen.encoding import EMPTY_PROMPT, draw_mask, read_encoding
@@ -173,12 +173,10 @@ def model_inputs(
     }
 
 
-def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, vae: VideoVAE) -> Path:
+def export(config: TrainConfig, model: STGenTransformer3DModel, averaged: AveragedWeights, vae: VideoVAE) -> Path:
     """Writes `run/export`, a diffusers folder with the averaged weights, and the last ones as variant `raw`."""
     folder = Path(config.run) / "export"
     model.save_pretrained(folder / "transformer", variant="raw")
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
     tokenizer, text_encoder = load_text_encoder(config.text_encoder)
     pipeline = STGenPipeline(
         tokenizer=tokenizer,
@@ -187,8 +185,8 @@ def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, v
         transformer=model,
         scheduler=make_scheduler(config.flow),
     )
-    pipeline.save_pretrained(folder)
-    ema.restore(model.parameters())
+    with averaged.applied():
+        pipeline.save_pretrained(folder)
     return folder
 
 
@@ -221,9 +219,9 @@ def train(config: TrainConfig) -> None:
         inputs = model_inputs(batch, config, vae, text, accelerator.device)
         return denoising_losses(model, inputs, config.flow, config.learn_sigma)
 
-    ema = fit(accelerator, config, dataset, net, compute_losses)
+    averaged = fit(accelerator, config, dataset, net, compute_losses)
     if accelerator.is_main_process:
-        print(f"the pipeline is in {export(config, net, ema, vae)}")
+        print(f"the pipeline is in {export(config, net, averaged, vae)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
+from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
@@ -303,16 +303,14 @@ def train_vae(config: TrainVAEConfig) -> None:
     def discriminate(samples: int) -> dict[str, Tensor]:
         return adversary.step(samples) if adversary else {}
 
-    def after_step(ema: EMAModel, step: int, samples: int) -> None:
+    def after_step(averaged: AveragedWeights, step: int, samples: int) -> None:
         if validator and config.validation and (step % config.validation.every == 0 or samples >= config.samples):
-            ema.store(vae.parameters())
-            ema.copy_to(vae.parameters())
-            validator(vae.eval(), step, samples)
-            ema.restore(vae.parameters())
+            with averaged.applied():
+                validator(vae.eval(), step, samples)
             vae.train()
 
-    ema = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
-    ema.copy_to(vae.parameters())
+    averaged = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
+    averaged.copy_to()
     mean, std = measure_latents(vae.eval(), dataset, config.statistics_clips, accelerator)
     if accelerator.is_main_process:
         vae.register_to_config(latents_mean=mean, latents_std=std)

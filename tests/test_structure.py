@@ -15,10 +15,10 @@ REPOSITORY = Path(__file__).parent.parent
 # Each module may import from its own layer's earlier entries and from all layers above it in this list.
 LAYERS = [
     {"config"},
-    {"masks", "flow", "video", "optimization", "jobs"},
+    {"masks", "flow", "video", "optimization", "jobs", "averaging"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
-    {"accelerator", "checkpoint", "generation", "reconstruction", "encoding"},
+    {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},
     {"loop"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
     {"cli"},
