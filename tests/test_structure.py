@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 # Each module may import from its own layer's earlier entries and from all layers above it in this list.
 LAYERS = [
+    {"durable"},
     {"config"},
     {"masks", "flow", "video", "optimization", "jobs", "averaging"},
     {"models", "text", "data", "ddpm"},
