@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import PREEMPTED, StopRequests
+from stgen.averaging import AveragedWeights
 from stgen.checkpoint import best_score, check_global_batch, checkpoints, resume, save_checkpoint, share_weights
 from stgen.config import flatten_config, require, save_config
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader
@@ -79,8 +79,8 @@ def fit(
     model: torch.nn.Module,
     compute_losses: Callable[[torch.nn.Module, dict[str, Any], int], dict[str, Tensor]],
     after_backward: Callable[[int], dict[str, Tensor]] = lambda samples: {},
-    after_step: Callable[[EMAModel, int, int], float | None] = lambda ema, step, samples: None,
-) -> EMAModel:
+    after_step: Callable[[AveragedWeights, int, int], float | None] = lambda averaged, step, samples: None,
+) -> AveragedWeights:
     """Trains `model` to `config.samples` clips, from the newest checkpoint of the run if there is one.
 
     Args:
@@ -93,14 +93,14 @@ def fit(
             score of a validation, lower is better, or None without one; the best so far is worth a checkpoint.
 
     Returns:
-        The averaged weights of the trainable and frozen parameters of `model`.
+        The averaged weights of the trainable parameters of `model`.
     """
     run = Path(config.run)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config.optimizer))
-    ema = EMAModel(model.parameters(), decay=config.optimizer.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-    ema.to(accelerator.device)
+    averaged = AveragedWeights(model, decay=config.optimizer.ema_decay)
+    averaged.register(accelerator)
     log = LossLog(accelerator)
-    accelerator.register_for_checkpointing(ema, log)
+    accelerator.register_for_checkpointing(log)
     share_weights(accelerator)
     accelerator.init_trackers("stgen")
 
@@ -125,14 +125,14 @@ def fit(
                 optimizer.step()
                 optimizer.zero_grad()
                 log.add(losses | after_backward(samples))
-        ema.step(model.parameters())
         step, samples = step + 1, samples + global_batch
+        averaged.update(step, samples, global_batch)
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
             values = log.take()
             accelerator.log({**values, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-        score = after_step(ema, step, samples)
+        score = after_step(averaged, step, samples)
         better, stopping = score is not None and score < best, stop.any()
         if step % config.checkpoint_every == 0 or samples >= config.samples or better or stopping:
             save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints, score)
@@ -143,4 +143,4 @@ def fit(
             sys.exit(PREEMPTED)
     stop.close()
     bar.close()
-    return ema
+    return averaged

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from stgen.accelerator import make_accelerator, stop_on_value_error
+from stgen.accelerator import full_model, make_accelerator, stop_on_value_error
+from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
@@ -142,22 +142,30 @@ def model_inputs(
     }
 
 
-def export(config: TrainConfig, model: STGenTransformer3DModel, ema: EMAModel, vae: VideoVAE) -> Path:
-    """Writes `run/export`, a diffusers folder with the averaged weights, and the last ones as variant `raw`."""
+def export(
+    config: TrainConfig, model: STGenTransformer3DModel, averaged: AveragedWeights, vae: VideoVAE, main: bool
+) -> Path:
+    """Writes `run/export`, a diffusers folder with the averaged weights, and the last ones as variant `raw`.
+
+    Args:
+        main: whether this is the process that writes. All of them call it, since each may hold a part of the weights.
+    """
     folder = Path(config.run) / "export"
-    model.save_pretrained(folder / "transformer", variant="raw")
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    tokenizer, text_encoder = load_text_encoder(config.text_encoder)
-    pipeline = STGenPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
-        transformer=model,
-        scheduler=make_scheduler(config.flow),
-    )
-    pipeline.save_pretrained(folder)
-    ema.restore(model.parameters())
+    full = full_model(model)
+    if main:
+        full.save_pretrained(folder / "transformer", variant="raw")
+    with averaged.applied():
+        full = full_model(model)
+        if main:
+            tokenizer, text_encoder = load_text_encoder(config.text_encoder)
+            pipeline = STGenPipeline(
+                tokenizer=tokenizer,
+                text_encoder=text_encoder,
+                vae=vae,
+                transformer=full,
+                scheduler=make_scheduler(config.flow),
+            )
+            pipeline.save_pretrained(folder)
     return folder
 
 
@@ -184,9 +192,8 @@ def train(config: TrainConfig) -> None:
         inputs = model_inputs(batch, config, vae, text, accelerator.device)
         return denoising_losses(model, inputs, config.flow, config.learn_sigma)
 
-    ema = fit(accelerator, config, dataset, net, compute_losses)
-    if accelerator.is_main_process:
-        print(f"the pipeline is in {export(config, net, ema, vae)}")
+    averaged = fit(accelerator, config, dataset, net, compute_losses)
+    accelerator.print(f"the pipeline is in {export(config, net, averaged, vae, accelerator.is_main_process)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -15,11 +15,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
-from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
-from stgen.accelerator import make_accelerator, stop_on_value_error
+from stgen.accelerator import full_model, make_accelerator, stop_on_value_error
+from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
@@ -237,8 +237,12 @@ class Validator:
         self.distance = PerceptualDistance(settings.network, accelerator.device)
 
     @torch.no_grad()
-    def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> None:
-        """Every rank calls it and does its share, so that none waits long; the scores depend on the weights alone."""
+    def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> float:
+        """Every rank calls it and does its share, so that none waits long; the scores depend on the weights alone.
+
+        Returns:
+            Minus the PSNR in dB, which tells checkpoints apart: lower is better.
+        """
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         scores = []
         for i in tqdm(range(rank, self.clips, ranks), "validation", leave=False, disable=rank > 0):
@@ -252,6 +256,7 @@ class Validator:
         if self.accelerator.is_main_process:
             self._draw(vae, step)
         self.accelerator.wait_for_everyone()
+        return -means["validation/psnr"]
 
     def _truth(self, i: int) -> Tensor:
         return to_pixels(self.dataset[i]["video"])[None].to(self.accelerator.device)
@@ -306,20 +311,21 @@ def train_vae(config: TrainVAEConfig) -> None:
     def discriminate(samples: int) -> dict[str, Tensor]:
         return adversary.step(samples) if adversary else {}
 
-    def after_step(ema: EMAModel, step: int, samples: int) -> None:
+    def after_step(averaged: AveragedWeights, step: int, samples: int) -> float | None:
+        score = None
         if validator and config.validation and (step % config.validation.every == 0 or samples >= config.samples):
-            ema.store(vae.parameters())
-            ema.copy_to(vae.parameters())
-            validator(vae.eval(), step, samples)
-            ema.restore(vae.parameters())
+            with averaged.applied():
+                score = validator(full_model(vae).eval(), step, samples)
             vae.train()
+        return score
 
-    ema = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
-    ema.copy_to(vae.parameters())
-    mean, std = measure_latents(vae.eval(), dataset, config.statistics_clips, accelerator)
+    averaged = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
+    averaged.copy_to()
+    full = full_model(vae).eval()
+    mean, std = measure_latents(full, dataset, config.statistics_clips, accelerator)
     if accelerator.is_main_process:
-        vae.register_to_config(latents_mean=mean, latents_std=std)
-        vae.save_pretrained(run / "export")
+        full.register_to_config(latents_mean=mean, latents_std=std)
+        full.save_pretrained(run / "export")
         print(f"the VAE is in {run / 'export'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = [
     {"durable"},
     {"config"},
-    {"masks", "flow", "video", "optimization"},
+    {"masks", "flow", "video", "optimization", "averaging"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
     {"accelerator", "checkpoint", "generation", "reconstruction"},

@@ -1,0 +1,244 @@
+"""Averaged weights of a run: running averages that each process keeps of the part of the weights it holds.
+
+A rank's part of a parameter is all of it under DDP and ZeRO-1 and -2, its slice of the flattened parameter under ZeRO-3, and
+its local tensor under FSDP2. Averaging is elementwise, so no step gathers anything; only what leaves the run is whole.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from stgen.config import require
+
+# --- Profiles -----------------------------------------------------------------------------------------------------
+
+
+def exponential_decay(step: int, highest: float) -> float:
+    """min(highest, 1 - step^(-3/4)), the share of the old average at optimizer step `step`, from 1: an exponential
+    average that is warmed up as in diffusers' EMAModel, whose first value is the weights themselves."""
+    return min(highest, 1 - step**-0.75)
+
+
+def power_gamma(width: float) -> float:
+    """The gamma of a power-function average, whose weights grow as t^gamma, that is `width` wide.
+
+    EDM2 (Karras et al. 2024, arXiv:2312.02696), section 3.1: the standard deviation of the profile, as a fraction of the run
+    so far, is sigma_rel = ((gamma + 1) / ((gamma + 2)^2 (gamma + 3)))^(1/2). Solved for the gamma above -1/2 that falls as
+    the width rises.
+
+    Args:
+        width: sigma_rel, above 0 up to 0.28, just below that of the plain mean (gamma = 0, 12^(-1/2)).
+    """
+    require(0 < width <= 0.28, "width", width, "above 0, up to 0.28, a fraction of the run")
+    # (g + 2)^2 (g + 3) - (g + 1) / width^2 = 0 in g; its largest real root.
+    roots = torch.linalg.eigvals(
+        torch.tensor([[-7.0, -(16 - width**-2), -(12 - width**-2)], [1, 0, 0], [0, 1, 0]], dtype=torch.float64)
+    )
+    return float(roots.real.max())
+
+
+def power_decay(samples: int, batch: int, gamma: float) -> float:
+    """(1 - batch / samples)^(gamma + 1), the share of the old average at the step that ends after `samples`: EDM2's
+    beta_t = (1 - 1/t)^(gamma + 1) in a unit of time that other batch sizes leave alone."""
+    return (1 - batch / samples) ** (gamma + 1)
+
+
+WIDTHS = (0.05, 0.10)
+"""sigma_rel of the averages that `profile: power` keeps: two, which EDM2 rebuilds any other from."""
+
+# --- The part of a parameter that this process holds --------------------------------------------------------------
+
+
+def is_zero3(parameter: Any) -> bool:
+    """Whether DeepSpeed has split the parameter itself over the processes."""
+    return hasattr(parameter, "ds_id")
+
+
+def local_part(parameter: Any) -> Tensor:
+    """What this process holds of the parameter; writing to it writes to the parameter."""
+    if is_zero3(parameter):
+        return parameter.ds_tensor.data
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def whole(part: Tensor, parameter: Any) -> Tensor:
+    """The full tensor, `part` being this process's of it. All processes call it."""
+    if is_zero3(parameter):
+        group = parameter.ds_process_group
+        flat = part.new_empty(part.numel() * dist.get_world_size(group))
+        dist.all_gather_into_tensor(flat, part.contiguous(), group=group)
+        return flat[: parameter.ds_numel].view(parameter.ds_shape)  # the last slices are padded
+    if isinstance(parameter, DTensor):
+        mesh, placements, shape, stride = (
+            parameter.device_mesh,
+            parameter.placements,
+            parameter.shape,
+            parameter.stride(),
+        )
+        return DTensor.from_local(part, mesh, placements, shape=shape, stride=stride).full_tensor()
+    return part
+
+
+def part_of(full: Tensor, parameter: Any) -> Tensor:
+    """This process's part of a full tensor that is shaped as the parameter."""
+    if is_zero3(parameter):
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+        own = full.reshape(-1)[rank * size : (rank + 1) * size]
+        return torch.nn.functional.pad(own, (0, size - own.numel()))
+    if isinstance(parameter, DTensor):
+        full = full.to(parameter.device)
+        return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+    return full
+
+
+def is_first() -> bool:
+    """Whether this process has rank 0, or is the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """The shape of the parameter as the model was made."""
+    return tuple(parameter.ds_shape if is_zero3(parameter) else parameter.shape)
+
+
+# --- The averages -------------------------------------------------------------------------------------------------
+
+
+class AveragedWeights:
+    """float32 running averages of a model's trainable parameters.
+
+    Frozen parameters and buffers stay as they are in the model. What an update does is a function of the step alone, so
+    the averages are all there is to save.
+
+    Args:
+        model: as it is trained: after `accelerator.prepare`, which is what splits or replaces parameters.
+        profile: exponential; or power (EDM2), which keeps one average for each of `WIDTHS`.
+        decay: highest decay of the exponential average.
+    """
+
+    def __init__(self, model: torch.nn.Module, profile: str = "exponential", decay: float = 0.9999) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.decays: dict[str, Callable[[int, int, int], float]]
+        """By the name of each average: its decay at (step, samples, batch)."""
+        if profile == "exponential":
+            self.decays = {"exponential": lambda step, samples, batch: exponential_decay(step, decay)}
+        else:
+            require(profile == "power", "profile", profile, "exponential or power")
+            self.decays = {f"power-{width:.3f}": self._power(width) for width in WIDTHS}
+        self.averages = {name: [part.float().clone() for part in self._parts()] for name in self.decays}
+        self.exported = list(self.decays)[-1]
+        """The average that the model gets; of several, the widest."""
+
+    @staticmethod
+    def _power(width: float) -> Callable[[int, int, int], float]:
+        gamma = power_gamma(width)
+        return lambda step, samples, batch: power_decay(samples, batch, gamma)
+
+    def _parts(self) -> list[Tensor]:
+        # Asked for anew each time: DeepSpeed may put another tensor behind a parameter.
+        return [local_part(parameter) for parameter in self.parameters.values()]
+
+    @torch.no_grad()
+    def update(self, step: int, samples: int, batch: int, taken: Tensor | None = None) -> None:
+        """Takes in the weights after optimizer step number `step`, from 1, of `batch` samples, which brought the run to
+        `samples`. Nothing is gathered, and a GPU is not waited for.
+
+        Args:
+            taken: 1 or 0 on the device, for a step that may have been skipped without this process knowing yet; 0
+                leaves the averages as they are.
+        """
+        parts = self._parts()
+        for name, average in self.averages.items():
+            difference = torch._foreach_sub(average, parts)
+            if taken is not None:
+                torch._foreach_mul_(difference, taken)
+            torch._foreach_sub_(average, difference, alpha=1 - self.decays[name](step, samples, batch))
+
+    @torch.no_grad()
+    def copy_to(self) -> None:
+        """Puts the average in the place of the model's weights."""
+        self._write(self.averages[self.exported])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model has the average within, and its own weights again afterwards, to the bit. All processes enter it."""
+        own = [part.cpu() if part.is_cuda else part.clone() for part in self._parts()]
+        self.copy_to()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._write(own)
+
+    def _write(self, values: list[Tensor]) -> None:
+        torch._foreach_copy_(self._parts(), values)
+        # ZeRO-3 keeps small parameters gathered; what it gathered is the weights of before.
+        parameters: list[Any] = list(self.parameters.values())
+        gathered = [p for p in parameters if is_zero3(p) and p.ds_status.name == "AVAILABLE"]
+        if gathered:
+            gathered[0].partition(gathered)
+            gathered[0].all_gather(gathered)
+
+    # --- Saving ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self, name: str | None = None) -> dict[str, Tensor]:
+        """The full float32 tensors of an average, by parameter, on the CPU of rank 0; empty elsewhere. All processes call it.
+
+        Args:
+            name: one of `averages`; None is the one that `copy_to` takes.
+        """
+        state = {}
+        for (key, parameter), part in zip(self.parameters.items(), self.averages[name or self.exported], strict=True):
+            full = whole(part, parameter)
+            if is_first():
+                state[key] = full.cpu()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor], name: str | None = None) -> None:
+        """Takes this process's parts from the full tensors, however many processes saved them.
+
+        Raises:
+            ValueError: a parameter is missing, unknown, or of another shape.
+        """
+        unlike = sorted(state.keys() ^ self.parameters.keys())
+        require(not unlike, "averaged weights", unlike[:3], "those of the trainable parameters")
+        for (key, parameter), part in zip(self.parameters.items(), self.averages[name or self.exported], strict=True):
+            full, shape = state[key], full_shape(parameter)
+            require(tuple(full.shape) == shape, f"averaged weights: shape of {key}", tuple(full.shape), f"{shape}")
+            part.copy_(part_of(full, parameter))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `folder/NAME.safetensors` for each average. All processes call it, and rank 0 writes."""
+        for name in self.averages:
+            state = self.state_dict(name)
+            if is_first():
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save_file(
+                    {key: value.contiguous() for key, value in state.items()}, Path(folder) / f"{name}.safetensors"
+                )
+
+    def load(self, folder: str | Path) -> None:
+        """Reads what `save` wrote; the number of processes may be another.
+
+        Raises:
+            ValueError: a file is missing, or holds other parameters.
+        """
+        for name in self.averages:
+            path = Path(folder) / f"{name}.safetensors"
+            require(path.is_file(), "averaged weights", str(path), "a file that the checkpoint holds")
+            with safe_open(path, "pt") as file:
+                self.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, name)  # noqa: SIM118
+
+    def register(self, accelerator: Accelerator) -> None:
+        """Has the averages saved and loaded with every checkpoint of the accelerator, as `averages/` in its folder."""
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.save(Path(folder) / "averages"))
+        accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder) / "averages"))
