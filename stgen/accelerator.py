@@ -13,12 +13,16 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object
+from diffusers import ModelMixin
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from stgen.averaging import is_zero3, local_part, whole
 from stgen.tracking import JsonlTracker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+ModelT = TypeVar("ModelT", bound=ModelMixin)
 
 
 def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm: float) -> Accelerator:
@@ -119,20 +123,19 @@ class StopRequests:
             signal.signal(number, handler)
 
 
-@contextmanager
-def full_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Within, each parameter of `model` is whole on every process, to be read and saved; all processes enter it.
+def full_model(model: ModelT) -> ModelT:
+    """The model with all of its weights on this process, to be run and saved: itself if it has them, else a copy.
 
-    That takes something under ZeRO-3 alone, where a process has a slice of each. What is written to them within is lost then.
+    Under ZeRO-3 and FSDP2 a process has a part of each weight, and its forward pass is that of all processes together. The
+    copy takes the memory of the weights on every process. All processes call it.
     """
-    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not split:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(split):
-        yield
+    if not any(is_zero3(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model
+    full = type(model).from_config(model.config)
+    for name, adapter in getattr(model, "peft_config", {}).items():
+        full.add_adapter(adapter, name)
+    full.load_state_dict({name: whole(local_part(t), t) for name, t in model.state_dict(keep_vars=True).items()})
+    return full.to(next(model.parameters()).device).train(model.training)
 
 
 def set_batch(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:

@@ -15,13 +15,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stgen.accelerator import full_weights, make_accelerator, stop_on_value_error
+from stgen.accelerator import full_model, make_accelerator, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
 from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
 from stgen.encoding import draw_mask, read_encoding
 from stgen.finetuning import (
-    LORA_FILE,
     LoRAConfig,
     add_lora,
     begin_with,
@@ -265,23 +264,23 @@ def export(
         scheduler = make_scheduler(resolve_stages(config)[-1].flow)
 
     def save(variant: str | None) -> None:
-        if config.lora is not None and not merge:
-            save_lora(model, folder, f".{variant}.".join(LORA_FILE.split(".")) if variant else LORA_FILE)
+        full = full_model(model)
+        if not accelerator.is_main_process:
             return
-        transformer = model if config.lora is None else merged(model)
-        if variant:
-            transformer.save_pretrained(folder / "transformer", variant=variant)
+        if config.lora is not None and not merge:
+            save_lora(full, folder, variant)
+            return
+        transformer = full if config.lora is None else merged(full)
+        if variant is None:
+            pipeline = STGenPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+            pipeline.save_pretrained(folder)
         else:
-            parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
-            STGenPipeline(transformer=transformer, **parts).save_pretrained(folder)
+            transformer.save_pretrained(folder / "transformer", variant=variant)
 
-    with full_weights(model):
-        if accelerator.is_main_process:
-            save("raw")
-    with averaged.applied(), full_weights(model):
-        if accelerator.is_main_process:
-            save(None)
-            print(f"the {'pipeline' if config.lora is None or merge else 'LoRA'} is in {folder}")
+    save("raw")
+    with averaged.applied():
+        save(None)
+    accelerator.print(f"the {'pipeline' if config.lora is None or merge else 'LoRA'} is in {folder}")
     accelerator.wait_for_everyone()
 
 

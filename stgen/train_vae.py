@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from stgen.accelerator import make_accelerator, share_out, stop_on_value_error
+from stgen.accelerator import full_model, make_accelerator, share_out, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
@@ -233,7 +233,11 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> float:
-        """Every rank calls it and does its share; the scores depend on the weights alone. Returns the perceptual distance."""
+        """Every rank calls it and does its share; the scores depend on the weights alone.
+
+        Returns:
+            Minus the PSNR in dB, which tells checkpoints apart: lower is better.
+        """
 
         def score(i: int) -> dict[str, float | None]:
             truth = self._truth(i)
@@ -247,7 +251,7 @@ class Validator:
         if self.accelerator.is_main_process:
             self._draw(vae, step)
         self.accelerator.wait_for_everyone()
-        return means["validation/perceptual_distance"]
+        return -means["validation/psnr"]
 
     def _truth(self, i: int) -> Tensor:
         return to_pixels(self.dataset[i]["video"])[None].to(self.accelerator.device)
@@ -276,14 +280,16 @@ def export(
 ) -> None:
     """Writes a diffusers folder of the averaged weights, with the statistics of their latents, and of the last weights as
     variant `raw`, which shares these. All processes call it."""
-    vae.eval()
     with averaged.applied():
-        mean, std = measure_latents(vae, dataset, config.statistics_clips, accelerator)
-        vae.register_to_config(latents_mean=mean, latents_std=std)
+        full = full_model(vae).eval()
+        mean, std = measure_latents(full, dataset, config.statistics_clips, accelerator)
         if accelerator.is_main_process:
-            vae.save_pretrained(folder)
+            full.register_to_config(latents_mean=mean, latents_std=std)
+            full.save_pretrained(folder)
+    last = full_model(vae)
     if accelerator.is_main_process:
-        vae.save_pretrained(folder, variant="raw")
+        last.register_to_config(latents_mean=mean, latents_std=std)
+        last.save_pretrained(folder, variant="raw")
         print(f"the VAE is in {folder}")
     accelerator.wait_for_everyone()
 
@@ -330,7 +336,7 @@ def train_vae(config: TrainVAEConfig) -> None:
         if validator is None or not due:
             return None
         with averaged.applied():
-            score = validator(vae.eval(), step, samples)
+            score = validator(full_model(vae).eval(), step, samples)
         vae.train()
         return score
 

@@ -88,7 +88,7 @@ class Run:
     def running(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
-    def wait(self, timeout: float = 300) -> list[int]:
+    def wait(self, timeout: float = 90) -> list[int]:
         """The exit statuses, when all have ended; when one fails the others are killed, as torchrun does."""
         deadline = time.monotonic() + timeout
         while self.running():
