@@ -1,12 +1,15 @@
 """One way to get an Accelerator that does what the launch command asked for, or stops."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType
 
@@ -54,7 +57,8 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
     if asked_deepspeed != (in_force == DistributedType.DEEPSPEED) or asked_fsdp != (in_force == DistributedType.FSDP):
         asked = "DEEPSPEED" if asked_deepspeed else "FSDP" if asked_fsdp else "neither DEEPSPEED nor FSDP"
         raise ValueError(f"the launch asked for {asked}, but {in_force} is in force")
-    if accelerator.num_processes != world_size or (world_size > 1) != (in_force != DistributedType.NO):
+    alone = in_force == DistributedType.NO
+    if accelerator.num_processes != world_size or (alone and world_size > 1):
         raise ValueError(
             f"the launch started {world_size} processes, but {accelerator.num_processes} ({in_force}) are in force"
         )
@@ -72,6 +76,58 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
             "gradient_clipping": max_grad_norm,
         }
     return accelerator
+
+
+PREEMPTED = 75
+"""Exit status of a process that was asked to stop and has saved (EX_TEMPFAIL of sysexits.h: try again later)."""
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class StopRequests:
+    """SIGTERM and SIGUSR1, from when it is made until `close`, become a question: was any process of the run asked to stop?
+
+    All processes put it after every step, and get the same answer: an all-reduce of one number between the CPUs, so it waits
+    for no GPU. A launcher that dies, as Accelerate's does of a signal that it doesn't pass on, asks its processes to stop.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.asked = False
+        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:  # `accelerate launch` sets it
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def any(self) -> bool:
+        """Whether one was asked. All processes call it."""
+        if self.group is None:
+            return self.asked
+        flag = torch.tensor([self.asked], dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self.group)
+        return bool(flag.item())
+
+    def close(self) -> None:
+        """The signals mean again what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def full_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Within, each parameter of `model` is whole on every process, to be read and saved; all processes enter it.
+
+    That takes something under ZeRO-3 alone, where a process has a slice of each. What is written to them within is lost then.
+    """
+    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not split:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(split):
+        yield
 
 
 @contextmanager

@@ -1,57 +1,270 @@
 """Checkpoints of a run: `run/checkpoints/step-N/`, everything needed to go on, newest last.
 
-A checkpoint is written under a temporary name and renamed, so whatever bears the final name is whole.
+A checkpoint is written under a temporary name, synced to the disk and renamed, and its manifest has the size and the
+SHA-256 of every file. One whose writing was interrupted never bears the final name, and one that the disk has spoilt is
+found out: the newest whole one is resumed, and each that is not is reported with its fault and left as it is.
+
+    step-N/
+      progress.json     {step, samples, score, processes, strategy, precision}
+      manifest.json     {file: {size, sha256}}, written last
+      ...               what Accelerate writes: weights, optimizer, random states, what was registered
+
+Weights are safetensors, but Accelerate and DeepSpeed pickle optimizer and random states, and unpickle them on resuming: resume
+runs of your own, as you run programs of your own. What is meant for others is `run/export`, safetensors and JSON alone.
+All processes must see the run folder; what a DeepSpeed checkpoint needs on another number of processes is worked out there.
 """
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 
 from stgen.config import require
+from stgen.durable import sync, write_durably
+from stgen.tracking import METRICS, rewind_metrics
 
-PROGRESS = "progress.json"
+PROGRESS, MANIFEST = "progress.json", "manifest.json"
+ENGINE = "pytorch_model"
+"""The part of a checkpoint that DeepSpeed writes, by the name that Accelerate gives it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, and on what."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    samples: int = 0
+    """Samples that all processes together have taken: the position in the data."""
+    score: float | None = None
+    """Of a validation at this very step, lower is better."""
+    processes: int = 0
+    strategy: str = ""
+    """What the form of the files follows from: replicated (one process or DDP), zero1, zero2, zero3, fsdp."""
+    precision: str = ""
+    """no, bf16 or fp16."""
+
+
+def strategy(accelerator: Accelerator) -> str:
+    """As `Progress.strategy` has it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp" if accelerator.distributed_type == DistributedType.FSDP else "replicated"
+
+
+# --- Whole or not -------------------------------------------------------------------------------------------------
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = (run / "checkpoints").glob("step-*/" + PROGRESS)
-    return sorted((path.parent for path in found), key=lambda folder: int(folder.name.removeprefix("step-")))
+    """The checkpoints whose writing was finished, oldest first. Whether they are whole still is not looked at."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
-def save_checkpoint(accelerator: Accelerator, run: Path, step: int, samples: int, keep: int) -> None:
-    """Saves weights, optimizer, registered objects (EMA) and progress; keeps the last `keep`. Every rank calls it.
+def read_progress(folder: Path) -> Progress:
+    """That of a checkpoint."""
+    return Progress(**json.loads((folder / PROGRESS).read_text()))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, hexadecimal."""
+    sums = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sums.update(block)
+    return sums.hexdigest()
+
+
+def fault(folder: Path, share: slice | None = slice(None)) -> str | None:
+    """Why a checkpoint is not whole; None if it is.
+
+    Args:
+        share: of the files, whose bytes are compared with the manifest too; None compares no bytes but all sizes.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+        read_progress(folder)
+    except (OSError, ValueError, TypeError) as error:
+        return f"{MANIFEST} or {PROGRESS} cannot be read: {error}"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {entry['size']}"
+    names = sorted(files)[share] if share else []
+    with ThreadPoolExecutor() as pool:
+        for name, found in zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True):
+            if found != files[name]["sha256"]:
+                return f"{name} has other bytes than those that were written"
+    return None
+
+
+def best_score(run: Path) -> float:
+    """The lowest score of the run's checkpoints; infinity if none has one."""
+    progress = [read_progress(folder) for folder in checkpoints(run) if fault(folder, None) is None]
+    return min((p.score for p in progress if p.score is not None), default=float("inf"))
+
+
+# --- Saving -------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    accelerator: Accelerator, run: Path, step: int, samples: int, keep: int, score: float | None = None
+) -> None:
+    """Saves weights, optimizer, registered objects (averaged weights, losses not logged yet) and progress.
+
+    Keeps the last `keep` checkpoints and the one of the lowest score. All processes call it.
 
     Args:
         step: optimizer steps done.
-        samples: samples that all ranks together have taken: the position in the data.
+        samples: samples that all processes together have taken: the position in the data.
+        score: of a validation at this step, lower is better.
     """
     final = run / "checkpoints" / f"step-{step}"
-    temporary = final.with_name(final.name + ".tmp")
+    temporary = _aside(final)
     if accelerator.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)  # of the same run and step, so it held the same
+        temporary.mkdir(parents=True)
+        on = (accelerator.num_processes, strategy(accelerator), accelerator.mixed_precision)
+        (temporary / PROGRESS).write_text(json.dumps(asdict(Progress(step, samples, score, *on))))
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
+    names = [sorted(path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file())]
+    broadcast_object_list(names)  # what the first process sees: a file system may show others' files late
+
+    def settle(name: str) -> tuple[str, dict[str, Any]]:
+        sync(temporary / name)
+        return name, {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+
+    with ThreadPoolExecutor() as pool:
+        entries = gather_object(list(pool.map(settle, names[0][_share(accelerator)])))
     if accelerator.is_main_process:
-        (temporary / PROGRESS).write_text(json.dumps({"step": step, "samples": samples}))
+        write_durably(temporary / MANIFEST, json.dumps(dict(sorted(entries)), indent=1))
+        for folder in {path.parent for path in temporary.rglob("*")}:
+            sync(folder)
+        if (run / METRICS).exists():  # its rows up to here will not be written again
+            sync(run / METRICS)
+        if final.exists():  # torn, or of the same step of the same run
+            _remove(final)
         temporary.rename(final)
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+        sync(final.parent)
+        whole = [folder for folder in checkpoints(run) if fault(folder, None) is None]
+        scores = {folder: read_progress(folder).score for folder in whole}
+        scored = [folder for folder in whole if scores[folder] is not None]
+        kept = {*whole[-keep:], *sorted(scored, key=lambda folder: (scores[folder], scored.index(folder)))[:1]}
+        for folder in whole:
+            if folder not in kept:
+                _remove(folder)
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, run: Path) -> tuple[int, int]:
-    """Loads the newest checkpoint of the run, if there is one: (step, samples), or (0, 0)."""
-    found = checkpoints(run)
-    if not found:
-        return 0, 0
-    accelerator.print(f"resuming from {found[-1]}")
-    accelerator.load_state(str(found[-1]))
-    progress = json.loads((found[-1] / PROGRESS).read_text())
-    return progress["step"], progress["samples"]
+def _share(accelerator: Accelerator) -> slice:
+    """The files whose bytes this process reads."""
+    return slice(accelerator.process_index, None, accelerator.num_processes)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint is while it isn't whole."""
+    return folder.with_name(folder.name + ".tmp")
+
+
+def _remove(folder: Path) -> None:
+    """Takes the final name away first, so that a kill on the way leaves nothing torn under it."""
+    gone = folder.with_name(folder.name + ".old.tmp")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+# --- Resuming -----------------------------------------------------------------------------------------------------
+
+
+def resume(accelerator: Accelerator, run: Path) -> Progress:
+    """Loads the newest whole checkpoint, if the run has one, and takes metrics.jsonl back to it. All processes call it.
+
+    Raises:
+        ValueError: no checkpoint is whole, or it cannot be resumed with this strategy or precision.
+    """
+    if accelerator.is_main_process:
+        for leftover in (run / "checkpoints").glob("*.tmp"):
+            accelerator.print(f"{leftover} is removed: its writing or removal was interrupted")
+            shutil.rmtree(leftover)
+    accelerator.wait_for_everyone()
+    newest = _newest_whole(accelerator, run)
+    progress = read_progress(newest) if newest else Progress()
+    if newest:
+        _load(accelerator, newest, progress)
+    if accelerator.is_main_process:
+        rewind_metrics(run, progress.step)
+    accelerator.wait_for_everyone()
+    return progress
+
+
+def _newest_whole(accelerator: Accelerator, run: Path) -> Path | None:
+    """The newest checkpoint that is whole, None before the first; those passed over are named. All processes call it."""
+    found = [checkpoints(run)]
+    broadcast_object_list(found)
+    for folder in reversed(found[0]):
+        faults = [reason for reason in gather_object([fault(folder, _share(accelerator))]) if reason]
+        if not faults:
+            return folder
+        accelerator.print(f"{folder} is passed over: {faults[0]}")
+    require(not found[0], "run", str(run), "one with a whole checkpoint, or with none: without them it begins anew")
+    return None
+
+
+def _load(accelerator: Accelerator, folder: Path, progress: Progress) -> None:
+    for name, now in (("strategy", strategy(accelerator)), ("precision", accelerator.mixed_precision)):
+        before = getattr(progress, name)
+        require(now == before, name, now, f"{before!r}, with which {folder} was written")
+    accelerator.print(f"resuming from {folder}")
+    if not progress.strategy.startswith("zero") or progress.processes == accelerator.num_processes:
+        accelerator.load_state(str(folder))
+        return
+    # DeepSpeed cuts optimizer states by process; its universal form has them whole.
+    universal = _aside(folder)
+    if accelerator.is_main_process:
+        universal.mkdir()
+        for path in folder.iterdir():
+            if path.name != ENGINE:
+                (universal / path.name).symlink_to(path.resolve())
+        tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        ends = ["--input_folder", str(folder / ENGINE), "--output_folder", str(universal / ENGINE)]
+        done = subprocess.run([*tool, *ends], capture_output=True, text=True)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"{folder} cannot be brought to {accelerator.num_processes} processes: {last}")
+    accelerator.wait_for_everyone()
+    settings = accelerator.deepspeed_engine_wrapped.engine._config
+    settings.load_universal_checkpoint = True
+    accelerator.load_state(str(universal))
+    settings.load_universal_checkpoint = False
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(universal)
+
+
+def share_weights(accelerator: Accelerator) -> None:
+    """Has one process and several (DDP) write and read the same names of weights. To be called before saving or loading."""
+
+    def unwrap(models: list[torch.nn.Module], weights: list[dict[str, Any]], folder: str) -> None:
+        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models[: len(weights)]]
+
+    accelerator.register_save_state_pre_hook(unwrap)
+    accelerator.register_load_state_pre_hook(
+        lambda models, folder: models.__setitem__(slice(None), [accelerator.unwrap_model(model) for model in models])
+    )
 
 
 def check_global_batch(samples: int, global_batch: int) -> None:

@@ -15,6 +15,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from stgen.durable import write_durably
+
 ConfigT = TypeVar("ConfigT")
 
 
@@ -48,7 +50,7 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
 
 def save_config(config: object, path: str | Path) -> None:
     """Writes the resolved configuration, every field spelled out, as YAML."""
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    write_durably(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def flatten_config(config: object) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The training loop of both trainers: resume, step, average, log, save."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from stgen.accelerator import PREEMPTED, StopRequests
 from stgen.averaging import AveragedWeights
-from stgen.checkpoint import check_global_batch, checkpoints, resume, save_checkpoint
+from stgen.checkpoint import best_score, check_global_batch, checkpoints, resume, save_checkpoint, share_weights
 from stgen.config import flatten_config, require, save_config
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader
 from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
-from stgen.tracking import progress_bar
+from stgen.tracking import LossLog, progress_bar
 
 
 @dataclass
@@ -36,7 +38,7 @@ class LoopConfig:
     checkpoint_every: int = 1000
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept: the last so many, and the one that validated best."""
     log_every: int = 20
     """Optimizer steps between rows of metrics.jsonl."""
 
@@ -77,7 +79,7 @@ def fit(
     model: torch.nn.Module,
     compute_losses: Callable[[torch.nn.Module, dict[str, Any], int], dict[str, Tensor]],
     after_backward: Callable[[int], dict[str, Tensor]] = lambda samples: {},
-    after_step: Callable[[AveragedWeights, int, int], None] = lambda averaged, step, samples: None,
+    after_step: Callable[[AveragedWeights, int, int], float | None] = lambda averaged, step, samples: None,
 ) -> AveragedWeights:
     """Trains `model` to `config.samples` clips, from the newest checkpoint of the run if there is one.
 
@@ -87,7 +89,8 @@ def fit(
             optimizer step, to named scalars; `loss` is minimised, the others are logged beside it.
         after_backward: told the same count after each backward pass and step of `model`: the turn of a second player,
             with an optimizer of its own. Returns more scalars to log.
-        after_step: told the averaged weights, the optimizer steps done and the clips seen, after every step.
+        after_step: told the averaged weights, the optimizer steps done and the clips seen, after every step. Returns the
+            score of a validation, lower is better, or None without one; the best so far is worth a checkpoint.
 
     Returns:
         The averaged weights of the trainable parameters of `model`.
@@ -96,16 +99,20 @@ def fit(
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config.optimizer))
     averaged = AveragedWeights(model, decay=config.optimizer.ema_decay)
     averaged.register(accelerator)
+    log = LossLog(accelerator)
+    accelerator.register_for_checkpointing(log)
+    share_weights(accelerator)
     accelerator.init_trackers("stgen")
 
-    step, samples = resume(accelerator, run)
+    progress = resume(accelerator, run)
+    step, samples, best = progress.step, progress.samples, best_score(run)
     global_batch = config.batch_size * accelerator.num_processes * config.accumulate
     check_global_batch(samples, global_batch)
     batches = clip_loader(
         dataset, samples, config.batch_size, config.data.workers, accelerator.process_index, accelerator.num_processes
     )
     bar = progress_bar(config.samples, samples, accelerator.is_main_process, run.name)
-    logged: list[dict[str, Tensor]] = []
+    stop = StopRequests(accelerator)
     while samples < config.samples:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, samples, config.samples)
@@ -117,20 +124,23 @@ def fit(
                     accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-                losses |= after_backward(samples)
-                logged.append({name: value.detach() for name, value in losses.items()})
+                log.add(losses | after_backward(samples))
         step, samples = step + 1, samples + global_batch
         averaged.update(step, samples, global_batch)
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
-            # A loss may set in during a run; the newest row has them all.
-            means = {name: torch.stack([row[name] for row in logged if name in row]).mean() for name in logged[-1]}
-            values = {name: value.item() for name, value in accelerator.reduce(means, "mean").items()}
+            values = log.take()
             accelerator.log({**values, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-            logged = []
-        after_step(averaged, step, samples)
-        if step % config.checkpoint_every == 0 or samples >= config.samples:
-            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints)
+        score = after_step(averaged, step, samples)
+        better, stopping = score is not None and score < best, stop.any()
+        if step % config.checkpoint_every == 0 or samples >= config.samples or better or stopping:
+            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints, score)
+            best = min(best, score) if score is not None else best
+        if stopping and samples < config.samples:
+            accelerator.print(f"\nasked to stop: {run} is saved after {samples} clips, the same command goes on")
+            accelerator.end_training()
+            sys.exit(PREEMPTED)
+    stop.close()
     bar.close()
     return averaged

@@ -16,14 +16,24 @@ from torch import Tensor
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
-from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
+from stgen.data.reading import ClipDataset, clip_shape, to_pixels
+from stgen.encoding import EMPTY_PROMPT, draw_mask, read_encoding
 from stgen.loop import LoopConfig, begin_run, fit
-from stgen.masks import MaskSpec, draw_mixture, fold_mask, hide
-from stgen.models.latents import VideoVAE, compression_ratios, encode, latent_channels, load_vae
+from stgen.masks import MaskSpec, fold_mask, given_latents_are_exact, hide
+from stgen.models.latents import (
+    Moments,
+    VideoVAE,
+    compression_ratios,
+    encode_moments,
+    latent_channels,
+    load_vae,
+    normalise,
+    temporal_reach,
+)
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.objective import FlowConfig, denoising_losses, make_scheduler
 from stgen.pipelines import STGenPipeline
-from stgen.text import TextCache, load_text_encoder
+from stgen.text import TextCache, load_text_encoder, pad_states
 
 
 @dataclass
@@ -42,6 +52,11 @@ class TrainConfig(LoopConfig):
     """Arguments of STGenTransformer3DModel; those that follow from VAE, text encoder and data are filled in."""
     masks: list[MaskSpec] = field(default_factory=lambda: [MaskSpec()])
     """Mixture of masks; each clip draws its own."""
+    use_encoded: bool = True
+    """Takes latents and text states that `stgen data encode` stored with the clips in place of encoding; false ignores them."""
+    sample_posterior: bool = False
+    """Draws the latents to learn from the VAE's posterior, as latent diffusion does, instead of taking its mode. Given ones
+    are modes always, as in the pipelines."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     gradient_checkpointing: bool = False
     """Trades compute for memory: activations are computed again in the backward pass."""
@@ -100,45 +115,61 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """Everything the loss needs, from a batch of clips; every draw is a function of (seed, position) alone.
 
-    The masked video is encoded by itself, so nothing that the model sees depends on a hidden pixel. A batch without any
-    given pixel needs no such encoding.
+    The masked video is encoded by itself, so nothing that the model sees depends on a hidden pixel; but where causality
+    makes the latents of the given cells those of the whole clip (`given_latents_are_exact`), these are taken. What the
+    batch has stored (`stgen data encode`) is not encoded again.
 
     Returns:
-        latents, noise, condition_latents `b c t h w`; condition_mask `b p t h w`; time `b`; text `b n d`, text_mask and
-        drop_text `b`; fps, num_frames, height, width `b`.
+        latents, noise, condition_latents (0 in wholly hidden cells) `b c t h w`; condition_mask `b p t h w`; time `b`; text
+        `b n d`, text_mask and drop_text `b`; fps, num_frames, height, width `b`.
     """
     video = to_pixels(batch["video"])
     sizes = dict(zip(("num_frames", "height", "width"), video.shape[2:], strict=True))
     own_null = config.model.get("null_text", "prompt") != "prompt"  # the transformer has a null text of its own
-    masks, captions, dropped, times, seeds = [], [], [], [], []
-    for position, caption in zip(batch["position"], batch["caption"], strict=True):
-        generator = torch.Generator().manual_seed(fold_seed(config.seed, position))
-        masks.append(draw_mixture(config.masks, tuple(video.shape[2:]), generator))
+    masks, states, dropped, times, seeds = [], [], [], [], []
+    for i, (position, caption) in enumerate(zip(batch["position"], batch["caption"], strict=True)):
+        mask, generator = draw_mask(config.masks, config.seed, position, tuple(video.shape[2:]))
+        masks.append(mask)
         drop = bool(torch.rand((), generator=generator) < config.text_dropout)
-        captions.append("" if drop and not own_null else caption)
+        stored_text = "text" in batch and not (drop and not own_null)
+        states.append(batch["text"][i].float() if stored_text else text["" if drop and not own_null else caption])
         dropped.append(drop and own_null)
         times.append(config.flow.draw_time(generator))
         seeds.append(generator)
-    mask = torch.stack(masks)
-    states, text_mask = text(captions)
+    text_states, text_mask = pad_states(states)
 
-    video, mask = video.to(device), mask.to(device)
-    some_given = (mask == 0).flatten(1).any(1)
-    encoded = encode(vae, torch.cat([video, hide(video, mask)[some_given]]))
-    latents, condition = encoded[: len(video)], torch.zeros_like(encoded[: len(video)])
-    condition[some_given] = encoded[len(video) :]
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in seeds])
+    video, mask = video.to(device), torch.stack(masks).to(device)
+    folded = fold_mask(mask, *compression_ratios(vae))
+    # Of which clips the masked video is encoded by itself.
+    anew = ~given_latents_are_exact(mask, compression_ratios(vae)[0], temporal_reach(vae))
+    if "latents" in batch:
+        stored = Moments(**{name: x.to(device).float() for name, x in batch["latents"].items()})
+        mean, logvar = stored.mean, stored.logvar
+        masked = hide(video[anew[batch["has_video"].to(device)]], mask[anew])
+        given = encode_moments(vae, masked).mean if len(masked) else mean[:0]
+    else:
+        encoded = encode_moments(vae, torch.cat([video, hide(video, mask)[anew]]))
+        mean, given = encoded.mean[: len(mask)], encoded.mean[len(mask) :]
+        logvar = None if encoded.logvar is None else encoded.logvar[: len(mask)]
+    # What the model sees of wholly hidden cells is nothing, whatever a VAE makes of grey there.
+    condition = normalise(vae, mean.index_put((anew,), given)).masked_fill(folded.amin(1, keepdim=True) >= 1, 0)
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in seeds])
+    if config.sample_posterior:
+        require(logvar is not None, "sample_posterior", True, "false with this VAE, whose latents are certain")
+        drawn = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in seeds])
+        mean = mean + (0.5 * logvar).exp() * drawn.to(device)
+    latents = normalise(vae, mean)
     return {
         "latents": latents,
         "noise": noise.to(device),
         "time": config.flow.shifted(torch.cat(times), sizes["height"], sizes["width"], latents.shape[2]).to(device),
         "condition_latents": condition,
-        "condition_mask": fold_mask(mask, *compression_ratios(vae)),
-        "text": states.to(device),
+        "condition_mask": folded,
+        "text": text_states.to(device),
         "text_mask": text_mask.to(device),
         "drop_text": torch.tensor(dropped, device=device),
         "fps": batch["fps"].to(device),
-        **{name: torch.full((len(video),), float(n), device=device) for name, n in sizes.items()},
+        **{name: torch.full((len(mask),), float(n), device=device) for name, n in sizes.items()},
     }
 
 
@@ -163,12 +194,18 @@ def train(config: TrainConfig) -> None:
     """Trains to `config.samples` clips, from the newest checkpoint of the run if there is one, and exports."""
     run = Path(config.run)
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
-    dataset = ClipDataset(config.data, config.seed)
     vae = load_vae(config.vae).requires_grad_(False).to(accelerator.device)
-    cache = run / "cache" / "text.safetensors"
+    encoding = read_encoding(config.data.path) if config.use_encoded else None
+    stored = encoding and encoding.stored(config.data.path, vae, config.data.shapes, config.masks, config.seed)
+    dataset = ClipDataset(config.data, config.seed, stored=stored)
+    stored_text = encoding is not None and encoding.text is not None
+    cache = Path(config.data.path) / EMPTY_PROMPT if stored_text else run / "cache" / "text.safetensors"
     if accelerator.is_main_process:
         begin_run(config)
-        TextCache.build(cache, config.text_encoder, ["", *dataset.captions()], config.max_text_length)
+        if encoding is not None:
+            encoding.check(config.vae, config.text_encoder, config.max_text_length)
+        if not stored_text:
+            TextCache.build(cache, config.text_encoder, ["", *dataset.captions()], config.max_text_length)
     accelerator.wait_for_everyone()
     text = TextCache(cache)
 

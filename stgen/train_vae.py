@@ -27,6 +27,7 @@ from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.inflation import inflate
 from stgen.models.latents import latent_shape, load_vae
+from stgen.models.loading import load_every_tensor
 from stgen.models.perceptual import NETWORKS, PerceptualDistance
 from stgen.reconstruction import measure, reconstruction_sheet
 from stgen.vae_objective import (
@@ -187,11 +188,7 @@ def make_vae(config: TrainVAEConfig) -> AutoencoderKLSTGen:
         return inflate(given, **config.model)
     require(isinstance(given, AutoencoderKLSTGen), "init", config.init, allowed)
     vae = AutoencoderKLSTGen(**config.model)
-    own, other = vae.state_dict(), given.state_dict()
-    for name in sorted(own.keys() | other.keys()):
-        shapes = [tuple(weights[name].shape) if name in weights else "no such weight" for weights in (other, own)]
-        require(shapes[0] == shapes[1], f"init: {name} of {config.init}", shapes[0], f"{shapes[1]}, as in this model")
-    vae.load_state_dict(other)
+    load_every_tensor(vae, given.state_dict(), f"init: {config.init}")
     return vae
 
 

@@ -14,11 +14,12 @@ REPOSITORY = Path(__file__).parent.parent
 
 # Each module may import from its own layer's earlier entries and from all layers above it in this list.
 LAYERS = [
+    {"durable"},
     {"config"},
-    {"masks", "flow", "video", "optimization", "averaging"},
+    {"masks", "flow", "video", "optimization", "jobs", "averaging"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
-    {"accelerator", "checkpoint", "generation", "reconstruction"},
+    {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},
     {"loop"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
     {"cli"},
