@@ -4,16 +4,21 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
+from tqdm import tqdm
 
 from stgen.tracking import JsonlTracker
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm: float) -> Accelerator:
@@ -128,6 +133,33 @@ def full_weights(model: torch.nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(split):
         yield
+
+
+def set_batch(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:
+    """What follows is trained on batches of this size; the next forward is the first of an optimizer step."""
+    accelerator.step = 0
+    accelerator.gradient_accumulation_steps = accumulate
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        engine.set_train_micro_batch_size(batch_size)
+        engine.set_train_batch_size(batch_size * accumulate * accelerator.num_processes)
+
+
+def share_out(
+    accelerator: Accelerator, items: Sequence[Item], work: Callable[[Item], Result], label: str
+) -> list[Result]:
+    """`[work(item) for item in items]` on every process, each item worked on by one of them. All processes call it.
+
+    None waits long, and all make equally many calls, some of them twice: the forwards of a model that is split over the
+    processes (ZeRO-3) take all of them.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    found: list[tuple[int, Result]] = []
+    for first in tqdm(range(0, len(items), ranks), label, leave=False, disable=rank > 0):
+        i = min(first + rank, len(items) - 1)
+        found.append((i, work(items[i])))
+    results = dict(gather_object(found))
+    return [results[i] for i in range(len(items))]
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class LoRAConfig:
 
     rank: int = 16
     """Rows of A."""
-    alpha: float = 16
+    alpha: int = 16
     """Scale of the adapters, times `rank`."""
     targets: list[str] = field(default_factory=lambda: ["to_qkv", "to_q", "to_kv", "to_out.0"])
     """Linear layers that get adapters, by the end of their names; by default those of all attentions."""

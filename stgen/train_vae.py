@@ -7,22 +7,20 @@ and export/, a diffusers folder of the averaged (EMA) weights with the latents' 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 
-from stgen.accelerator import make_accelerator, stop_on_value_error
+from stgen.accelerator import make_accelerator, share_out, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
-from stgen.loop import LoopConfig, begin_run, fit
+from stgen.loop import ARCHITECTURE, LoopConfig, Stage, begin_run, check_stages, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.inflation import inflate
@@ -234,14 +232,14 @@ class Validator:
         self.distance = PerceptualDistance(settings.network, accelerator.device)
 
     @torch.no_grad()
-    def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> None:
-        """Every rank calls it and does its share, so that none waits long; the scores depend on the weights alone."""
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        scores = []
-        for i in tqdm(range(rank, self.clips, ranks), "validation", leave=False, disable=rank > 0):
+    def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> float:
+        """Every rank calls it and does its share; the scores depend on the weights alone. Returns the perceptual distance."""
+
+        def score(i: int) -> dict[str, float | None]:
             truth = self._truth(i)
-            scores.append((i, measure(self._reconstruct(vae, truth), truth, self.distance)))
-        found = [vars(score) for _, score in sorted(gather_object(scores), key=itemgetter(0))]
+            return vars(measure(self._reconstruct(vae, truth), truth, self.distance))
+
+        found = share_out(self.accelerator, range(self.clips), score, "validation")
         # Among videos there may be images, which have no temporal difference.
         values = {name: [score[name] for score in found if score[name] is not None] for name in self.MEASURES}
         means = {f"validation/{name}": sum(some) / len(some) for name, some in values.items() if some}
@@ -249,6 +247,7 @@ class Validator:
         if self.accelerator.is_main_process:
             self._draw(vae, step)
         self.accelerator.wait_for_everyone()
+        return means["validation/perceptual_distance"]
 
     def _truth(self, i: int) -> Tensor:
         return to_pixels(self.dataset[i]["video"])[None].to(self.accelerator.device)
@@ -265,6 +264,28 @@ class Validator:
         scale = max(1, 64 // truth.shape[3])
         path, title = self.folder / f"step-{step}.png", f"held-out clips, step {step}"
         reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+
+
+def export(
+    config: TrainVAEConfig,
+    vae: AutoencoderKLSTGen,
+    averaged: AveragedWeights,
+    dataset: ClipDataset,
+    accelerator: Accelerator,
+    folder: Path,
+) -> None:
+    """Writes a diffusers folder of the averaged weights, with the statistics of their latents, and of the last weights as
+    variant `raw`, which shares these. All processes call it."""
+    vae.eval()
+    with averaged.applied():
+        mean, std = measure_latents(vae, dataset, config.statistics_clips, accelerator)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+        if accelerator.is_main_process:
+            vae.save_pretrained(folder)
+    if accelerator.is_main_process:
+        vae.save_pretrained(folder, variant="raw")
+        print(f"the VAE is in {folder}")
+    accelerator.wait_for_everyone()
 
 
 def train_vae(config: TrainVAEConfig) -> None:
@@ -286,6 +307,7 @@ def train_vae(config: TrainVAEConfig) -> None:
     validator = Validator(config, config.validation, accelerator) if config.validation else None
     if accelerator.is_main_process:
         begin_run(config)
+        vae.save_config(run / ARCHITECTURE)
     accelerator.wait_for_everyone()
     objective = VAEObjective(
         vae,
@@ -303,20 +325,19 @@ def train_vae(config: TrainVAEConfig) -> None:
     def discriminate(samples: int) -> dict[str, Tensor]:
         return adversary.step(samples) if adversary else {}
 
-    def after_step(averaged: AveragedWeights, step: int, samples: int) -> None:
-        if validator and config.validation and (step % config.validation.every == 0 or samples >= config.samples):
-            with averaged.applied():
-                validator(vae.eval(), step, samples)
-            vae.train()
+    def after_step(averaged: AveragedWeights, step: int, samples: int) -> float | None:
+        due = config.validation and (step % config.validation.every == 0 or samples >= config.samples)
+        if validator is None or not due:
+            return None
+        with averaged.applied():
+            score = validator(vae.eval(), step, samples)
+        vae.train()
+        return score
 
-    averaged = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
-    averaged.copy_to()
-    mean, std = measure_latents(vae.eval(), dataset, config.statistics_clips, accelerator)
-    if accelerator.is_main_process:
-        vae.register_to_config(latents_mean=mean, latents_std=std)
-        vae.save_pretrained(run / "export")
-        print(f"the VAE is in {run / 'export'}")
-    accelerator.wait_for_everyone()
+    stages = [Stage(config, dataset)]
+    check_stages(stages, accelerator)
+    averaged = fit(accelerator, config, stages, objective, compute_losses, discriminate, after_step)
+    export(config, vae, averaged, dataset, accelerator, run / "export")
     accelerator.end_training()
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
     {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},
-    {"loop"},
+    {"loop", "validation"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
     {"cli"},
 ]
