@@ -60,28 +60,32 @@ _DRAWS = 256
 # --- Models by fingerprint ----------------------------------------------------------------------------------------
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "merges.txt")
+_VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")
+
+
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of a saved model: configuration, weights and, of a text encoder, tokenizer; not of who saved it when."""
     digest = hashlib.sha256()
-    for path in sorted(
-        path for path in Path(folder).iterdir() if path.suffix in (".json", ".txt", ".model", ".safetensors")
-    ):
-        digest.update(path.name.encode())
+    for path in sorted(Path(folder).iterdir()):
         if path.name == "config.json":
-            volatile = ("_name_or_path", "_diffusers_version", "transformers_version")
-            config = {name: value for name, value in json.loads(path.read_text()).items() if name not in volatile}
+            config = {name: value for name, value in json.loads(path.read_text()).items() if name not in _VOLATILE}
             digest.update(json.dumps(config, sort_keys=True).encode())
-            continue
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        elif path.suffix == ".safetensors" or path.name in _TOKENIZER_FILES:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
     return digest.hexdigest()
 
 
-def _saved_text_encoder(name: str) -> Path:
-    """The folder of an encoder that is named as `load_text_encoder` takes it."""
+def _text_fingerprint(name: str) -> str:
+    """That of an encoder which is named as `load_text_encoder` takes it."""
     folder = Path(text_encoder_folder(name))
-    return folder if folder.is_dir() else Path(cached_file(name, "config.json")).parent
+    if not folder.is_dir():
+        load_text_encoder(name)  # from the hub to its cache, or refused
+        folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
+    return fingerprint(folder)
 
 
 # --- What was stored ----------------------------------------------------------------------------------------------
@@ -113,7 +117,7 @@ class Encoding:
         require(fingerprint(vae) == self.vae, "vae", vae, allowed)
         if self.text is not None:
             allowed = f"the encoder with which the captions were encoded, of fingerprint {self.text[:12]}; {other}"
-            require(fingerprint(_saved_text_encoder(text_encoder)) == self.text, "text_encoder", text_encoder, allowed)
+            require(_text_fingerprint(text_encoder) == self.text, "text_encoder", text_encoder, allowed)
             allowed = f"{self.max_text_length}, with which the captions were encoded; {other}"
             require(max_text_length == self.max_text_length, "max_text_length", max_text_length, allowed)
 
@@ -220,7 +224,7 @@ def encode_clips(
     encoding = Encoding(
         source=hashlib.sha256((data / INDEX).read_bytes()).hexdigest(),
         vae=fingerprint(vae),
-        text=None if text_encoder is None else fingerprint(_saved_text_encoder(text_encoder)),
+        text=None if text_encoder is None else _text_fingerprint(text_encoder),
         max_text_length=None if text_encoder is None else max_text_length,
         dtype=dtype,
         batch_size=batch_size,
