@@ -22,7 +22,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,51 @@ def _text_fingerprint(name: str) -> str:
     return fingerprint(folder)
 
 
+# --- Which clips are decoded all the same -------------------------------------------------------------------------
+
+
+def draw_mask(masks: Sequence[MaskSpec], seed: int, position: int, shape: Shape) -> tuple[Tensor, torch.Generator]:
+    """The mask `1 t h w` of the clip at a position, and the generator of all further draws for it."""
+    generator = torch.Generator().manual_seed(fold_seed(seed, position))
+    return draw_mixture(masks, shape, generator), generator
+
+
+@dataclass(frozen=True)
+class PixelNeeds:
+    """Which clips of a training are decoded, `Stored.needs_pixels`: those whose mask the stored latents don't answer."""
+
+    masks: tuple[MaskSpec, ...]
+    """The mixture."""
+    seed: int
+    """Of the run, as in `draw_mask`."""
+    temporal_factor: int
+    """Frames of a latent."""
+    reach: str
+    """`stgen.models.latents.temporal_reach` of the VAE."""
+    shapes: tuple[Shape, ...]
+    """Of the clips."""
+
+    def __call__(self, position: int, shape: Shape) -> bool:
+        return shape not in self._never and not self._exact(draw_mask(self.masks, self.seed, position, shape)[0])
+
+    def require_none(self, folder: str | Path) -> None:
+        """Raises `ValueError` for a kind of masks that needs pixels in one of 256 draws for a shape."""
+        for spec, shape in itertools.product(self.masks, self.shapes):
+            exact = all(self._exact(spec.draw(shape, torch.Generator().manual_seed(i))) for i in range(_DRAWS))
+            given = "that give whole latents from the beginning, or nothing as generate_all does"
+            kinds = f"kinds {given}, since {folder} has no pixels to encode anew"
+            require(exact, "masks.kind", f"{spec.kind} {spec.args or ''}".strip(), kinds)
+
+    @cached_property
+    def _never(self) -> set[Shape]:
+        """Shapes for which every mask of the mixture is the same at each draw, and exact: there is nothing to draw."""
+        fixed = {shape: [spec.fixed(shape) for spec in self.masks] for shape in self.shapes}
+        return {shape for shape, masks in fixed.items() if all(m is not None and self._exact(m) for m in masks)}
+
+    def _exact(self, mask: Tensor) -> bool:
+        return bool(given_latents_are_exact(mask[None], self.temporal_factor, self.reach))
+
+
 # --- What was stored ----------------------------------------------------------------------------------------------
 
 
@@ -122,26 +167,27 @@ class Encoding:
             require(max_text_length == self.max_text_length, "max_text_length", max_text_length, allowed)
 
     def stored(
-        self, folder: str | Path, vae: VideoVAE, shapes: Sequence[Shape], masks: Sequence[MaskSpec], seed: int
+        self,
+        folder: str | Path,
+        vae: VideoVAE,
+        shapes: Sequence[Shape],
+        masks: Sequence[MaskSpec],
+        seed: int,
+        moments: Sequence[str] = ("mean",),
     ) -> Stored:
-        """What training with these masks reads of each clip.
+        """What training with these masks reads of each clip; `logvar` is needed where the posterior is sampled.
 
         Raises:
             ValueError: a kind of masks needs pixels, and the folder has none.
         """
-        p, reach = compression_ratios(vae)[0], temporal_reach(vae)
-        for spec, shape in itertools.product([] if self.pixels else masks, shapes):
-            drawn = [spec.draw(shape, torch.Generator().manual_seed(i)) for i in range(_DRAWS)]
-            exact = all(bool(given_latents_are_exact(mask[None], p, reach)) for mask in drawn)
-            allowed = (
-                f"kinds that give whole latents from the beginning or nothing, such as generate_all, since {folder} "
-                "has no pixels to encode anew"
-            )
-            require(exact, "masks.kind", f"{spec.kind} {spec.args or ''}".strip(), allowed)
+        needs = PixelNeeds(tuple(masks), seed, compression_ratios(vae)[0], temporal_reach(vae), tuple(shapes))
+        if not self.pixels:
+            needs.require_none(folder)
         return Stored(
             latent_shapes={shape: latent_shape(vae, *shape) for shape in shapes},
+            moments=tuple(moments),
             text_dim=None if self.text is None else TextCache(Path(folder) / EMPTY_PROMPT).dim,
-            needs_pixels=partial(_needs_pixels, tuple(masks), seed, p, reach),
+            needs_pixels=needs,
         )
 
 
@@ -166,16 +212,6 @@ def read_encoding(folder: str | Path) -> Encoding | None:
         return Encoding(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"data {path} is corrupt: {error}") from error
-
-
-def draw_mask(masks: Sequence[MaskSpec], seed: int, position: int, shape: Shape) -> tuple[Tensor, torch.Generator]:
-    """The mask `1 t h w` of the clip at a position, and the generator of all further draws for it."""
-    generator = torch.Generator().manual_seed(fold_seed(seed, position))
-    return draw_mixture(masks, shape, generator), generator
-
-
-def _needs_pixels(masks: Sequence[MaskSpec], seed: int, p: int, reach: str, position: int, shape: Shape) -> bool:
-    return not given_latents_are_exact(draw_mask(masks, seed, position, shape)[0][None], p, reach)
 
 
 # --- The job ------------------------------------------------------------------------------------------------------

@@ -198,14 +198,18 @@ def train(config: TrainConfig) -> None:
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     vae = load_vae(config.vae).requires_grad_(False).to(accelerator.device)
     encoding = read_encoding(config.data.path) if config.use_encoded else None
-    stored = encoding and encoding.stored(config.data.path, vae, config.data.shapes, config.masks, config.seed)
+    moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
+    stored = None
+    if encoding is not None:
+        shapes = config.data.shapes
+        stored = encoding.stored(config.data.path, vae, shapes, config.masks, config.seed, moments)
     dataset = ClipDataset(config.data, config.seed, stored=stored)
     stored_text = encoding is not None and encoding.text is not None
     cache = Path(config.data.path) / EMPTY_PROMPT if stored_text else run / "cache" / "text.safetensors"
     if accelerator.is_main_process:
-        begin_run(config)
         if encoding is not None:
             encoding.check(config.vae, config.text_encoder, config.max_text_length)
+        begin_run(config)
         if not stored_text:
             TextCache.build(cache, config.text_encoder, ["", *dataset.captions()], config.max_text_length)
     accelerator.wait_for_everyone()

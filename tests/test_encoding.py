@@ -90,7 +90,8 @@ def inputs(config: TrainConfig, positions: range, vae=None) -> tuple[dict, dict[
     """A batch as the trainer reads it, and what it makes of it."""
     folder, vae = Path(config.data.path), vae or tiny_vae()
     encoding = read_encoding(folder)
-    stored = encoding and encoding.stored(folder, vae, config.data.shapes, config.masks, config.seed)
+    moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
+    stored = encoding and encoding.stored(folder, vae, config.data.shapes, config.masks, config.seed, moments)
     dataset = ClipDataset(config.data, config.seed, stored=stored)
     if stored is not None and stored.text_dim is not None:
         text = TextCache(folder / EMPTY_PROMPT)
@@ -273,9 +274,8 @@ def test_quantised_latents_have_no_variance(world: Path, tmp_path: Path) -> None
     assert list(batch["latents"]) == ["mean"]
     _, expected = inputs(config(world, "pixels", MaskSpec()), range(4), vae)
     torch.testing.assert_close(got["latents"], expected["latents"], atol=1e-3, rtol=1e-3)  # its levels, in float16
-    chosen.sample_posterior = True
     with pytest.raises(ValueError, match="sample_posterior is True, allowed: false with this VAE"):
-        inputs(chosen, range(4), vae)
+        inputs(config(world, "pixels", MaskSpec(), sample_posterior=True), range(4), vae)
 
 
 def test_the_posterior_can_be_sampled(world: Path) -> None:
@@ -286,7 +286,7 @@ def test_the_posterior_can_be_sampled(world: Path) -> None:
     for name in mode:  # all other draws are the same
         assert torch.equal(mode[name], drawn[name]) == (name != "latents"), name
         torch.testing.assert_close(stored[name], drawn[name], atol=1e-5, rtol=1e-5)
-    batch, _ = inputs(config(world, "float32", MaskSpec()), range(8))
+    batch, _ = inputs(config(world, "float32", MaskSpec(), sample_posterior=True), range(8))
     std = torch.tensor([0.5, 0.6, 0.7, 0.8]).view(1, 4, 1, 1, 1)  # of the tiny VAE's latents
     normal = (drawn["latents"] - mode["latents"]) * std / (0.5 * batch["latents"]["logvar"]).exp()
     assert abs(normal.mean().item()) < 0.05
@@ -295,7 +295,8 @@ def test_the_posterior_can_be_sampled(world: Path) -> None:
 
 def test_workers_read_what_one_process_reads(world: Path) -> None:
     chosen = config(world, "float16", MaskSpec("predict", args={"given": [1, 6]}))
-    stored = read_encoding(chosen.data.path).stored(chosen.data.path, tiny_vae(), [SHAPE], chosen.masks, chosen.seed)
+    encoding = read_encoding(chosen.data.path)
+    stored = encoding.stored(chosen.data.path, tiny_vae(), [SHAPE], chosen.masks, chosen.seed)
     dataset = ClipDataset(chosen.data, chosen.seed, stored=stored)
     for (alone, helped), _ in zip(
         zip(*(clip_loader(dataset, 4, 4, n) for n in (0, 2)), strict=True), range(3), strict=False
