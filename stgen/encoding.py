@@ -226,7 +226,7 @@ def encode_clips(
     dtype: str = "float16",
     drop_pixels: bool = False,
     batch_size: int = 8,
-    device: str = "cpu",
+    device: str | None = None,
     pool: Pool | None = None,
 ) -> None:
     """Writes the clips of the data folder `data` with their latents, and with text states if an encoder is given.
@@ -240,7 +240,7 @@ def encode_clips(
         dtype: of what is stored: float16, bfloat16 or float32.
         drop_pixels: leaves the clips out. Training then has no masks but those whose given latents the stored ones are.
         batch_size: clips of one shape that follow each other in a shard and are encoded together.
-        device: of a job without `pool`.
+        device: of a job without `pool`; None is the CPU.
         pool: Ray actors that share the shards; None works in this process. A cluster's machines need this machine's
             paths.
 
@@ -256,7 +256,12 @@ def encode_clips(
     rows = read_index(data)
     bare = [row["key"] for row in rows if not row["files"].keys() & set(CLIP_FILES)]
     require(not bare, f"data {data}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", "clips with pixels")
-    load_vae(vae)  # refuses what is none, before anything is written
+    fits = pool is None or device is None
+    require(fits, "device", device, "none with actors, which work on GPUs if gpus_per_actor is above 0")
+    try:
+        load_vae(vae)  # refuses what is none, before anything is written
+    except OSError as error:
+        raise ValueError(f"vae is {str(vae)!r}, allowed: one in safetensors: {str(error).splitlines()[0]}") from error
     encoding = Encoding(
         source=hashlib.sha256((data / INDEX).read_bytes()).hexdigest(),
         vae=fingerprint(vae),
@@ -279,7 +284,9 @@ def encode_clips(
             torn.unlink()
         todo = [members for shard, members in shards.items() if not (out / shard).exists()]
         done = len(rows) - sum(map(len, todo))
-        worker = (data, out, str(vae), text_encoder, encoding, device if pool is None else pool.device)
+        if todo:
+            (out / INDEX).unlink(missing_ok=True)  # of shards that somebody took away since
+        worker = (data, out, str(vae), text_encoder, encoding, (device or "cpu") if pool is None else pool.device)
         with progress_bar(len(rows), done, True, "encode") as bar:
             failures = _encode(worker, todo, bar.update, pool) if todo else []
         if failures:

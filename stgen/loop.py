@@ -47,7 +47,7 @@ class LoopConfig:
 
 MAY_CHANGE = (
     *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips"),
+    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips", "use_encoded"),
     *("validation", "validation.path", "validation.clips", "validation.every", "validation.network"),
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""

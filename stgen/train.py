@@ -139,20 +139,27 @@ def model_inputs(
     text_states, text_mask = pad_states(states)
 
     video, mask = video.to(device), torch.stack(masks).to(device)
-    folded = fold_mask(mask, *compression_ratios(vae))
-    # Of which clips the masked video is encoded by itself.
-    anew = ~given_latents_are_exact(mask, compression_ratios(vae)[0], temporal_reach(vae))
+    (p, factor), reach = compression_ratios(vae), temporal_reach(vae)
+    folded = fold_mask(mask, p, factor)
+    has_video = torch.ones(len(mask), dtype=torch.bool, device=device)
     if "latents" in batch:
-        stored = Moments(**{name: x.to(device).float() for name, x in batch["latents"].items()})
-        mean, logvar = stored.mean, stored.logvar
-        masked = hide(video[anew[batch["has_video"].to(device)]], mask[anew])
-        given = encode_moments(vae, masked).mean if len(masked) else mean[:0]
+        moments = Moments(**{name: x.to(device).float() for name, x in batch["latents"].items()})
+        has_video = batch["has_video"].to(device)
     else:
-        encoded = encode_moments(vae, torch.cat([video, hide(video, mask)[anew]]))
-        mean, given = encoded.mean[: len(mask)], encoded.mean[len(mask) :]
-        logvar = None if encoded.logvar is None else encoded.logvar[: len(mask)]
+        moments = encode_moments(vae, video)
+    mean, logvar = moments.mean, moments.logvar
+    # The masked video is encoded by itself where it must be, up to the last latent that has anything given.
+    anew = ~given_latents_are_exact(mask, p, reach)
+    hidden = folded.amin(1, keepdim=True) >= 1
+    condition = mean.masked_fill(hidden, 0)
+    if anew.any():
+        last = (
+            mean.shape[2] if reach == "clip" else 1 + int((~hidden[anew]).any(4).any(3).any(1).any(0).nonzero().max())
+        )
+        masked = hide(video[anew[has_video]], mask[anew])[:, :, : 1 + (last - 1) * p]
+        condition[anew, :, :last] = encode_moments(vae, masked).mean
     # What the model sees of wholly hidden cells is nothing, whatever a VAE makes of grey there.
-    condition = normalise(vae, mean.index_put((anew,), given)).masked_fill(folded.amin(1, keepdim=True) >= 1, 0)
+    condition = normalise(vae, condition).masked_fill(hidden, 0)
     noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in seeds])
     if config.sample_posterior:
         require(logvar is not None, "sample_posterior", True, "false with this VAE, whose latents are certain")

@@ -229,7 +229,7 @@ def read_files(folder: Path, row: dict[str, Any], wanted: Collection[str]) -> di
         ValueError: the json that travels with the clip says that index and shard do not belong together.
     """
     files = {}
-    with (folder / row["shard"]).open("rb") as shard:
+    with (folder / row["shard"]).open("rb", buffering=0) as shard:
         for extension, (offset, size) in row["files"].items():
             if extension in wanted or extension == "json":
                 shard.seek(offset)
