@@ -151,11 +151,10 @@ def model_inputs(
     # The masked video is encoded by itself where it must be, up to the last latent that has anything given.
     anew = ~given_latents_are_exact(mask, p, reach)
     hidden = folded.amin(1, keepdim=True) >= 1
-    condition = mean.masked_fill(hidden, 0)
+    condition = mean.clone()
     if anew.any():
-        last = (
-            mean.shape[2] if reach == "clip" else 1 + int((~hidden[anew]).any(4).any(3).any(1).any(0).nonzero().max())
-        )
+        some_given = (~hidden[anew]).amax((0, 1, 3, 4))
+        last = mean.shape[2] if reach == "clip" else 1 + int(some_given.nonzero().max())
         masked = hide(video[anew[has_video]], mask[anew])[:, :, : 1 + (last - 1) * p]
         condition[anew, :, :last] = encode_moments(vae, masked).mean
     # What the model sees of wholly hidden cells is nothing, whatever a VAE makes of grey there.
