@@ -80,7 +80,7 @@ def encode(
     dtype: Annotated[str, typer.Option(help="of what is stored: float16, bfloat16 or float32")] = "float16",
     drop_pixels: Annotated[bool, typer.Option(help="leave the clips out; few masks need none")] = False,
     batch_size: Annotated[int, typer.Option(help="clips of one shape encoded together")] = 8,
-    device: Annotated[str, typer.Option(help="cpu or cuda, without actors")] = "cpu",
+    device: Annotated[Optional[str], typer.Option(help="cpu or cuda, without actors; none is the CPU")] = None,
     actors: Annotated[Optional[int], typer.Option(help="Ray workers; none encodes in this process")] = None,
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to join; none runs a local Ray")] = None,
     gpus_per_actor: Annotated[float, typer.Option()] = 0,

@@ -22,7 +22,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,28 +60,77 @@ _DRAWS = 256
 # --- Models by fingerprint ----------------------------------------------------------------------------------------
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "merges.txt")
+_VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")
+
+
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of a saved model: configuration, weights and, of a text encoder, tokenizer; not of who saved it when."""
     digest = hashlib.sha256()
-    for path in sorted(
-        path for path in Path(folder).iterdir() if path.suffix in (".json", ".txt", ".model", ".safetensors")
-    ):
-        digest.update(path.name.encode())
+    for path in sorted(Path(folder).iterdir()):
         if path.name == "config.json":
-            volatile = ("_name_or_path", "_diffusers_version", "transformers_version")
-            config = {name: value for name, value in json.loads(path.read_text()).items() if name not in volatile}
+            config = {name: value for name, value in json.loads(path.read_text()).items() if name not in _VOLATILE}
             digest.update(json.dumps(config, sort_keys=True).encode())
-            continue
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        elif path.suffix == ".safetensors" or path.name in _TOKENIZER_FILES:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
     return digest.hexdigest()
 
 
-def _saved_text_encoder(name: str) -> Path:
-    """The folder of an encoder that is named as `load_text_encoder` takes it."""
+def _text_fingerprint(name: str) -> str:
+    """That of an encoder which is named as `load_text_encoder` takes it."""
     folder = Path(text_encoder_folder(name))
-    return folder if folder.is_dir() else Path(cached_file(name, "config.json")).parent
+    if not folder.is_dir():
+        load_text_encoder(name)  # from the hub to its cache, or refused
+        folder = Path(cached_file(name, "config.json", local_files_only=True)).parent
+    return fingerprint(folder)
+
+
+# --- Which clips are decoded all the same -------------------------------------------------------------------------
+
+
+def draw_mask(masks: Sequence[MaskSpec], seed: int, position: int, shape: Shape) -> tuple[Tensor, torch.Generator]:
+    """The mask `1 t h w` of the clip at a position, and the generator of all further draws for it."""
+    generator = torch.Generator().manual_seed(fold_seed(seed, position))
+    return draw_mixture(masks, shape, generator), generator
+
+
+@dataclass(frozen=True)
+class PixelNeeds:
+    """Which clips of a training are decoded, `Stored.needs_pixels`: those whose mask the stored latents don't answer."""
+
+    masks: tuple[MaskSpec, ...]
+    """The mixture."""
+    seed: int
+    """Of the run, as in `draw_mask`."""
+    temporal_factor: int
+    """Frames of a latent."""
+    reach: str
+    """`stgen.models.latents.temporal_reach` of the VAE."""
+    shapes: tuple[Shape, ...]
+    """Of the clips."""
+
+    def __call__(self, position: int, shape: Shape) -> bool:
+        return shape not in self._never and not self._exact(draw_mask(self.masks, self.seed, position, shape)[0])
+
+    def require_none(self, folder: str | Path) -> None:
+        """Raises `ValueError` for a kind of masks that needs pixels in one of 256 draws for a shape."""
+        for spec, shape in itertools.product(self.masks, self.shapes):
+            exact = all(self._exact(spec.draw(shape, torch.Generator().manual_seed(i))) for i in range(_DRAWS))
+            given = "that give whole latents from the beginning, or nothing as generate_all does"
+            kinds = f"kinds {given}, since {folder} has no pixels to encode anew"
+            require(exact, "masks.kind", f"{spec.kind} {spec.args or ''}".strip(), kinds)
+
+    @cached_property
+    def _never(self) -> set[Shape]:
+        """Shapes for which every mask of the mixture is the same at each draw, and exact: there is nothing to draw."""
+        fixed = {shape: [spec.fixed(shape) for spec in self.masks] for shape in self.shapes}
+        return {shape for shape, masks in fixed.items() if all(m is not None and self._exact(m) for m in masks)}
+
+    def _exact(self, mask: Tensor) -> bool:
+        return bool(given_latents_are_exact(mask[None], self.temporal_factor, self.reach))
 
 
 # --- What was stored ----------------------------------------------------------------------------------------------
@@ -113,31 +162,32 @@ class Encoding:
         require(fingerprint(vae) == self.vae, "vae", vae, allowed)
         if self.text is not None:
             allowed = f"the encoder with which the captions were encoded, of fingerprint {self.text[:12]}; {other}"
-            require(fingerprint(_saved_text_encoder(text_encoder)) == self.text, "text_encoder", text_encoder, allowed)
+            require(_text_fingerprint(text_encoder) == self.text, "text_encoder", text_encoder, allowed)
             allowed = f"{self.max_text_length}, with which the captions were encoded; {other}"
             require(max_text_length == self.max_text_length, "max_text_length", max_text_length, allowed)
 
     def stored(
-        self, folder: str | Path, vae: VideoVAE, shapes: Sequence[Shape], masks: Sequence[MaskSpec], seed: int
+        self,
+        folder: str | Path,
+        vae: VideoVAE,
+        shapes: Sequence[Shape],
+        masks: Sequence[MaskSpec],
+        seed: int,
+        moments: Sequence[str] = ("mean",),
     ) -> Stored:
-        """What training with these masks reads of each clip.
+        """What training with these masks reads of each clip; `logvar` is needed where the posterior is sampled.
 
         Raises:
             ValueError: a kind of masks needs pixels, and the folder has none.
         """
-        p, reach = compression_ratios(vae)[0], temporal_reach(vae)
-        for spec, shape in itertools.product([] if self.pixels else masks, shapes):
-            drawn = [spec.draw(shape, torch.Generator().manual_seed(i)) for i in range(_DRAWS)]
-            exact = all(bool(given_latents_are_exact(mask[None], p, reach)) for mask in drawn)
-            allowed = (
-                f"kinds that give whole latents from the beginning or nothing, such as generate_all, since {folder} "
-                "has no pixels to encode anew"
-            )
-            require(exact, "masks.kind", f"{spec.kind} {spec.args or ''}".strip(), allowed)
+        needs = PixelNeeds(tuple(masks), seed, compression_ratios(vae)[0], temporal_reach(vae), tuple(shapes))
+        if not self.pixels:
+            needs.require_none(folder)
         return Stored(
             latent_shapes={shape: latent_shape(vae, *shape) for shape in shapes},
+            moments=tuple(moments),
             text_dim=None if self.text is None else TextCache(Path(folder) / EMPTY_PROMPT).dim,
-            needs_pixels=partial(_needs_pixels, tuple(masks), seed, p, reach),
+            needs_pixels=needs,
         )
 
 
@@ -164,16 +214,6 @@ def read_encoding(folder: str | Path) -> Encoding | None:
         raise ValueError(f"data {path} is corrupt: {error}") from error
 
 
-def draw_mask(masks: Sequence[MaskSpec], seed: int, position: int, shape: Shape) -> tuple[Tensor, torch.Generator]:
-    """The mask `1 t h w` of the clip at a position, and the generator of all further draws for it."""
-    generator = torch.Generator().manual_seed(fold_seed(seed, position))
-    return draw_mixture(masks, shape, generator), generator
-
-
-def _needs_pixels(masks: Sequence[MaskSpec], seed: int, p: int, reach: str, position: int, shape: Shape) -> bool:
-    return not given_latents_are_exact(draw_mask(masks, seed, position, shape)[0][None], p, reach)
-
-
 # --- The job ------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +226,7 @@ def encode_clips(
     dtype: str = "float16",
     drop_pixels: bool = False,
     batch_size: int = 8,
-    device: str = "cpu",
+    device: str | None = None,
     pool: Pool | None = None,
 ) -> None:
     """Writes the clips of the data folder `data` with their latents, and with text states if an encoder is given.
@@ -200,7 +240,7 @@ def encode_clips(
         dtype: of what is stored: float16, bfloat16 or float32.
         drop_pixels: leaves the clips out. Training then has no masks but those whose given latents the stored ones are.
         batch_size: clips of one shape that follow each other in a shard and are encoded together.
-        device: of a job without `pool`.
+        device: of a job without `pool`; None is the CPU.
         pool: Ray actors that share the shards; None works in this process. A cluster's machines need this machine's
             paths.
 
@@ -216,11 +256,16 @@ def encode_clips(
     rows = read_index(data)
     bare = [row["key"] for row in rows if not row["files"].keys() & set(CLIP_FILES)]
     require(not bare, f"data {data}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", "clips with pixels")
-    load_vae(vae)  # refuses what is none, before anything is written
+    fits = pool is None or device is None
+    require(fits, "device", device, "none with actors, which work on GPUs if gpus_per_actor is above 0")
+    try:
+        load_vae(vae)  # refuses what is none, before anything is written
+    except OSError as error:
+        raise ValueError(f"vae is {str(vae)!r}, allowed: one in safetensors: {str(error).splitlines()[0]}") from error
     encoding = Encoding(
         source=hashlib.sha256((data / INDEX).read_bytes()).hexdigest(),
         vae=fingerprint(vae),
-        text=None if text_encoder is None else fingerprint(_saved_text_encoder(text_encoder)),
+        text=None if text_encoder is None else _text_fingerprint(text_encoder),
         max_text_length=None if text_encoder is None else max_text_length,
         dtype=dtype,
         batch_size=batch_size,
@@ -239,7 +284,9 @@ def encode_clips(
             torn.unlink()
         todo = [members for shard, members in shards.items() if not (out / shard).exists()]
         done = len(rows) - sum(map(len, todo))
-        worker = (data, out, str(vae), text_encoder, encoding, device if pool is None else pool.device)
+        if todo:
+            (out / INDEX).unlink(missing_ok=True)  # of shards that somebody took away since
+        worker = (data, out, str(vae), text_encoder, encoding, (device or "cpu") if pool is None else pool.device)
         with progress_bar(len(rows), done, True, "encode") as bar:
             failures = _encode(worker, todo, bar.update, pool) if todo else []
         if failures:

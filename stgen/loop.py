@@ -64,8 +64,8 @@ class LoopConfig:
 
 MAY_CHANGE = (
     *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips", "trackers", "peak_flops"),
-    *("optimizer.max_nonfinite", "optimizer.snapshot_every"),
+    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips", "use_encoded"),
+    *("trackers", "peak_flops", "optimizer.max_nonfinite", "optimizer.snapshot_every"),
     "validation",
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""

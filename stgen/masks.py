@@ -365,11 +365,18 @@ class MaskSpec:
         """One mask `1 t h w`, a pure function of the generator's state."""
         return MASKS[self.kind](shape, generator, **self.args)
 
+    def fixed(self, shape: Shape) -> Tensor | None:
+        """The mask of clips of this shape if every draw gives the same, else None."""
+        try:
+            return MASKS[self.kind](shape, None, **self.args)
+        except ValueError:  # of `_require_generator`; all else was refused above
+            return None
+
 
 def draw_spec(specs: Sequence[MaskSpec], generator: torch.Generator) -> MaskSpec:
     """Draws one entry by weight."""
     weights = torch.tensor([spec.weight for spec in specs], dtype=torch.float64)
-    return specs[int(torch.multinomial(weights, 1, generator=generator))]
+    return specs[int(torch.multinomial(weights, 1, generator=_require_generator(generator)))]
 
 
 def draw_mixture(specs: Sequence[MaskSpec], shape: Shape, generator: torch.Generator) -> Tensor:

@@ -147,7 +147,8 @@ class TextCache:
         with safe_open(path, framework="pt") as file:
             self.states = file.get_tensor("states")
             self.ends = file.get_tensor("ends").tolist()
-            self.rows = {prompt: i for i, prompt in enumerate(json.loads(file.metadata()["prompts"]))}
+            prompts = json.loads(file.metadata()["cache"])["prompts"]
+        self.rows = {prompt: i for i, prompt in enumerate(prompts)}
 
     @staticmethod
     def build(path: Path, encoder_name: str, prompts: Iterable[str], max_length: int) -> None:
@@ -156,13 +157,15 @@ class TextCache:
         key = hashlib.sha256(json.dumps([encoder_name, max_length, distinct]).encode()).hexdigest()
         if path.exists():
             with safe_open(path, framework="pt") as file:
-                if file.metadata()["key"] == key:
+                if json.loads(file.metadata().get("cache", "{}")).get("key") == key:
                     return
         states = encode_distinct(*load_text_encoder(encoder_name), distinct, max_length, show_progress=True)
         ends = torch.tensor([len(s) for s in states]).cumsum(0)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        save_file({"states": torch.cat(states), "ends": ends}, temporary, {"key": key, "prompts": json.dumps(distinct)})
+        # In one entry, since safetensors writes several in any order, and the same states should be the same bytes.
+        cache = {"cache": json.dumps({"key": key, "prompts": distinct})}
+        save_file({"states": torch.cat(states), "ends": ends}, temporary, cache)
         temporary.replace(path)
 
     @property

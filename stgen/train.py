@@ -212,20 +212,26 @@ def model_inputs(
     text_states, text_mask = pad_states(states)
 
     video, mask = video.to(device), torch.stack(masks).to(device)
-    folded = fold_mask(mask, *compression_ratios(vae))
-    # Of which clips the masked video is encoded by itself.
-    anew = ~given_latents_are_exact(mask, compression_ratios(vae)[0], temporal_reach(vae))
+    (p, factor), reach = compression_ratios(vae), temporal_reach(vae)
+    folded = fold_mask(mask, p, factor)
+    has_video = torch.ones(len(mask), dtype=torch.bool, device=device)
     if "latents" in batch:
-        stored = Moments(**{name: x.to(device).float() for name, x in batch["latents"].items()})
-        mean, logvar = stored.mean, stored.logvar
-        masked = hide(video[anew[batch["has_video"].to(device)]], mask[anew])
-        given = encode_moments(vae, masked).mean if len(masked) else mean[:0]
+        moments = Moments(**{name: x.to(device).float() for name, x in batch["latents"].items()})
+        has_video = batch["has_video"].to(device)
     else:
-        encoded = encode_moments(vae, torch.cat([video, hide(video, mask)[anew]]))
-        mean, given = encoded.mean[: len(mask)], encoded.mean[len(mask) :]
-        logvar = None if encoded.logvar is None else encoded.logvar[: len(mask)]
+        moments = encode_moments(vae, video)
+    mean, logvar = moments.mean, moments.logvar
+    # The masked video is encoded by itself where it must be, up to the last latent that has anything given.
+    anew = ~given_latents_are_exact(mask, p, reach)
+    hidden = folded.amin(1, keepdim=True) >= 1
+    condition = mean.clone()
+    if anew.any():
+        some_given = (~hidden[anew]).amax((0, 1, 3, 4))
+        last = mean.shape[2] if reach == "clip" else 1 + int(some_given.nonzero().max())
+        masked = hide(video[anew[has_video]], mask[anew])[:, :, : 1 + (last - 1) * p]
+        condition[anew, :, :last] = encode_moments(vae, masked).mean
     # What the model sees of wholly hidden cells is nothing, whatever a VAE makes of grey there.
-    condition = normalise(vae, mean.index_put((anew,), given)).masked_fill(folded.amin(1, keepdim=True) >= 1, 0)
+    condition = normalise(vae, condition).masked_fill(hidden, 0)
     noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in seeds])
     if config.sample_posterior:
         require(logvar is not None, "sample_posterior", True, "false with this VAE, whose latents are certain")
@@ -303,7 +309,9 @@ def open_stage(config: TrainConfig, vae: VideoVAE, check: bool) -> tuple[ClipDat
         check: whether VAE and text encoder are compared with those that encoded, which reads them whole.
     """
     encoding = read_encoding(config.data.path) if config.use_encoded else None
-    stored = encoding and encoding.stored(config.data.path, vae, config.data.shapes, config.masks, config.seed)
+    moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
+    shapes = config.data.shapes
+    stored = encoding and encoding.stored(config.data.path, vae, shapes, config.masks, config.seed, moments)
     dataset = ClipDataset(config.data, config.seed, stored=stored)
     if encoding is not None and check:
         encoding.check(config.vae, config.text_encoder, config.max_text_length)

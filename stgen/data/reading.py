@@ -229,7 +229,7 @@ def read_files(folder: Path, row: dict[str, Any], wanted: Collection[str]) -> di
         ValueError: the json that travels with the clip says that index and shard do not belong together.
     """
     files = {}
-    with (folder / row["shard"]).open("rb") as shard:
+    with (folder / row["shard"]).open("rb", buffering=0) as shard:
         for extension, (offset, size) in row["files"].items():
             if extension in wanted or extension == "json":
                 shard.seek(offset)
@@ -259,6 +259,8 @@ class Stored:
 
     latent_shapes: dict[tuple[int, int, int], tuple[int, int, int, int]]
     """(z, t', h', w') of the latents of clips of each shape (t, h, w)."""
+    moments: tuple[str, ...]
+    """Of the distribution of latents: `mean`, or `mean` and `logvar`."""
     text_dim: int | None
     """Width of the text states; None if they are not read."""
     needs_pixels: Callable[[int, tuple[int, int, int]], bool]
@@ -273,13 +275,17 @@ def _read_tensors(files: dict[str, bytes], extension: str) -> dict[str, Tensor]:
         raise ValueError(f"{extension} is corrupt: {error}") from error
 
 
-def read_latents(files: dict[str, bytes], shape: tuple[int, int, int, int]) -> dict[str, Tensor]:
-    """`{"mean": z t' h' w'}` of a sample's latents, and `logvar` where they have one, as they were stored."""
+def read_latents(
+    files: dict[str, bytes], moments: Sequence[str], shape: tuple[int, int, int, int]
+) -> dict[str, Tensor]:
+    """The moments `z t' h' w'` of a sample's latents, as they were stored."""
     tensors = _read_tensors(files, LATENT)
-    require("mean" in tensors, f"tensors of {LATENT}", sorted(tensors), "mean, and logvar of a VAE that has one")
-    for name, tensor in tensors.items():
-        require(tuple(tensor.shape) == shape, f"shape of {name} of {LATENT}", tuple(tensor.shape), f"{shape}")
-    return tensors
+    for name in moments:
+        require(name in tensors, f"tensors of {LATENT}", sorted(tensors), ", ".join(moments))
+        require(
+            tuple(tensors[name].shape) == shape, f"shape of {name} of {LATENT}", tuple(tensors[name].shape), f"{shape}"
+        )
+    return {name: tensors[name] for name in moments}
 
 
 def read_text(files: dict[str, bytes], dim: int) -> Tensor:
@@ -360,7 +366,7 @@ class ClipDataset(Dataset):
             if pixels:
                 sample["video"] = read_clip(files, row)
             if stored is not None:
-                sample["latents"] = read_latents(files, stored.latent_shapes[shape])
+                sample["latents"] = read_latents(files, stored.moments, stored.latent_shapes[shape])
             if stored is not None and stored.text_dim is not None:
                 sample["text"] = read_text(files, stored.text_dim)
         except (ValueError, TypeError, EOFError) as error:
