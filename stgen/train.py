@@ -4,19 +4,19 @@ The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkp
 that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, the last ones as `variant="raw"`.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
-from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
+from stgen.data.reading import ClipDataset, fold_seed, to_pixels
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, fold_mask, hide
 from stgen.models.latents import VideoVAE, compression_ratios, encode, latent_channels, load_vae
@@ -175,7 +175,7 @@ def train(config: TrainConfig) -> None:
     text = TextCache(cache)
 
     largest = (config.data.num_frames, config.data.height, config.data.width)
-    fps = statistics.median(float(row["fps"]) for row in dataset.rows if clip_shape(row) == largest)
+    fps = float(np.median(dataset.rows.fps[(dataset.rows.shapes == largest).all(1)]))
     net = make_model(config, vae, text.dim, fps)
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()

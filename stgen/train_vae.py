@@ -276,14 +276,14 @@ def train_vae(config: TrainVAEConfig) -> None:
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     dataset = ClipDataset(config.data, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
-    for frames in sorted({row["num_frames"] for row in dataset.rows}):
+    for frames in sorted(set(dataset.rows.shapes[:, 0].tolist())):
         config.window_of(frames)
     vae = make_vae(config)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
     if adversary is not None:  # it would find out when it begins
-        side, least = min(min(row["height"], row["width"]) for row in dataset.rows), adversary.net.smallest
+        side, least = int(dataset.rows.shapes[:, 1:].min()), adversary.net.smallest
         layers = f"{least} pixels or more with discriminator.layers={adversary.config.layers}"
         require(side >= least, "smallest side of a clip", side, layers)
     validator = Validator(config, config.validation, accelerator) if config.validation else None
