@@ -1,6 +1,9 @@
 import io
 import json
 import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +29,7 @@ from stgen.data.reading import (
     Bucket,
     ClipDataset,
     ClipOrder,
+    DamageLog,
     DataConfig,
     bucket_of_block,
     clip_loader,
@@ -552,6 +556,55 @@ def test_training_on_buckets_resumes_bit_identically(world: Path, mixed: Path, m
     pipeline = STGenPipeline.from_pretrained(world / "whole" / "export")
     size = pipeline.transformer.config
     assert (size.sample_frames, size.sample_height, size.sample_width, size.sample_fps) == (9, 16, 16, 18.0)
+
+
+@pytest.mark.slow
+def test_training_on_damaged_shards_is_the_same_with_workers_and_resumed(
+    world: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One shard is torn, and a clip of another is garbage: what stands in for them does not depend on who reads it."""
+    damaged = shutil.copytree(mixed, tmp_path / "damaged")
+    rows = {row["key"]: row for row in map(json.loads, (damaged / "index.jsonl").read_text().splitlines())}
+    os.truncate(damaged / rows["9-5"]["shard"], rows["9-5"]["files"]["mp4"][0] + 10)
+    with (damaged / rows["1-1"]["shard"]).open("rb+") as file:
+        file.seek(rows["1-1"]["files"]["mp4"][0])
+        file.write(bytes(rows["1-1"]["files"]["mp4"][1]))
+
+    def skipped(run: str) -> dict[int, list[float]]:
+        lines = (world / run / "metrics.jsonl").read_text().splitlines()
+        names = ("data/skipped", "data/skipped/truncated", "data/skipped/undecodable")
+        return {row["samples"]: [row.get(name, 0) for name in names] for row in map(json.loads, lines)}
+
+    train_here(*arguments(world, damaged, "passed_over", "data.max_damaged=0.25"))
+    expected = losses(world / "passed_over")
+    assert skipped("passed_over")[32] == [3, 2, 1]
+
+    class Killed(BaseException):
+        pass
+
+    original, batches = DamageLog.add, []
+
+    def add_or_die(self: DamageLog, found: list) -> None:
+        batches.append(found)
+        if len(batches) == 6:  # the newest checkpoint is the fourth's
+            raise Killed
+        original(self, found)
+
+    helped = arguments(world, damaged, "passed_over_cut", "data.max_damaged=0.25", "data.workers=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(DamageLog, "add", add_or_die)
+        with pytest.raises(Killed):
+            train_here(*helped)
+    train_here(*helped)
+    assert losses(world / "passed_over_cut") == expected
+
+    # Two torn clips of 14 are known before training; the third is one too many while it runs.
+    for limit, message in (("0.1", "2 of 14 clips are damaged"), ("0.2", "3 of 14 clips are damaged")):
+        with pytest.raises(SystemExit):
+            train_here(*arguments(world, damaged, f"stopped_{limit}", f"data.max_damaged={limit}"))
+        (line,) = re.findall("error: .*", capsys.readouterr().err)
+        assert message in line
+        assert f"9-5 of {rows['9-5']['shard']}: truncated" in line
 
 
 @pytest.mark.slow
