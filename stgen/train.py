@@ -16,7 +16,8 @@ from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
-from stgen.data.reading import ClipDataset, fold_seed, to_pixels
+from stgen.data.color import to_pixels
+from stgen.data.reading import ClipDataset, fold_seed
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, fold_mask, hide
 from stgen.models.latents import VideoVAE, compression_ratios, encode, latent_channels, load_vae
@@ -107,7 +108,7 @@ def model_inputs(
         latents, noise, condition_latents `b c t h w`; condition_mask `b p t h w`; time `b`; text `b n d`, text_mask and
         drop_text `b`; fps, num_frames, height, width `b`.
     """
-    video = to_pixels(batch["video"])
+    video = to_pixels(batch["video"], device)
     sizes = dict(zip(("num_frames", "height", "width"), video.shape[2:], strict=True))
     own_null = config.model.get("null_text", "prompt") != "prompt"  # the transformer has a null text of its own
     masks, captions, dropped, times, seeds = [], [], [], [], []
@@ -122,7 +123,7 @@ def model_inputs(
     mask = torch.stack(masks)
     states, text_mask = text(captions)
 
-    video, mask = video.to(device), mask.to(device)
+    mask = mask.to(device)
     some_given = (mask == 0).flatten(1).any(1)
     encoded = encode(vae, torch.cat([video, hide(video, mask)[some_given]]))
     latents, condition = encoded[: len(video)], torch.zeros_like(encoded[: len(video)])

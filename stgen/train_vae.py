@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
-from stgen.data.reading import ClipDataset, fold_seed, to_pixels
+from stgen.data.color import to_pixels
+from stgen.data.reading import ClipDataset, fold_seed
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
@@ -148,7 +149,7 @@ def prepare_batch(
     Every draw is a function of (seed, position) alone: those of a clip of its own position, those of the forward of its
     first clip's.
     """
-    video = to_pixels(batch["video"])
+    video = to_pixels(batch["video"], vae.device)
     window = config.draw_window(video.shape[2], batch["position"][0])
     shape = (window, *video.shape[3:])
     shown, targets, noises = [], [], []
@@ -158,7 +159,7 @@ def prepare_batch(
         clip = clip[:, start : start + window]
         masked = clip
         if torch.rand((), generator=generator) < config.masked_fraction and window > 1:
-            masked = hide(clip, draw_mixture(config.masks, shape, generator))
+            masked = hide(clip, draw_mixture(config.masks, shape, generator).to(clip.device))
         shown.append(masked)
         targets.append(masked if config.mask_target == "shown" else clip)
         length = 2 * window - 1 if config.ping_pong_weight else window

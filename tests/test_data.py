@@ -24,6 +24,7 @@ from PIL import Image
 from stgen import AutoencoderKLSTGen, STGenPipeline, train, train_vae
 from stgen.cli import main
 from stgen.config import load_config, save_config
+from stgen.data.color import to_rgb
 from stgen.data.moving_mnist import load_digits, make_clip, write_moving_mnist
 from stgen.data.reading import (
     Bucket,
@@ -239,8 +240,9 @@ def test_batches_do_not_mix_shapes_and_lose_nothing(mixed: Path) -> None:
     for _ in range(14):  # two epochs, since blocks of 2 do not divide 7 and 3
         batch = next(loader)
         rows = [dataset.row(position) for position in batch["position"]]
-        assert {clip_shape(row) for row in rows} == {tuple(batch["video"].shape[2:])}
-        assert batch["fps"].tolist() == [2.0 * batch["video"].shape[2]] * 2
+        frames = to_rgb(batch["video"])
+        assert {clip_shape(row) for row in rows} == {tuple(frames.shape[2:])}
+        assert batch["fps"].tolist() == [2.0 * frames.shape[2]] * 2
         assert batch["caption"] == [row["caption"] for row in rows]
         seen.update((row["shard"], row["key"]) for row in rows)
     assert len(seen) == 14
@@ -253,7 +255,7 @@ def test_order_of_buckets_does_not_depend_on_ranks_workers_or_batch_size(mixed: 
     def take(start: int, batch: int, world: int, workers: int = 0) -> list[tuple[int, torch.Tensor]]:
         loaders = [clip_loader(dataset, start, batch, workers, rank, world) for rank in range(world)]
         batches = [next(loader) for _ in range(24 // batch // world) for loader in loaders]
-        return [pair for b in batches for pair in zip(b["position"], b["video"], strict=True)]
+        return [pair for b in batches for pair in zip(b["position"], to_rgb(b["video"]), strict=True)]
 
     expected = take(0, 4, 1)
     assert len({clip.shape for _, clip in expected}) == 3
@@ -331,7 +333,7 @@ def test_shapes_are_written_into_folders_of_their_own(tmp_path: Path, capsys, mo
     assert run("data", "index", "--shards", str(tmp_path / "shards"), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     buckets = [Bucket(9, 16, 32), Bucket(20, 16, 16)]
     dataset = ClipDataset(DataConfig(str(tmp_path / "shards"), buckets=buckets), shuffle=False)
-    shapes = Counter(tuple(dataset[position]["video"].shape) for position in range(len(dataset)))
+    shapes = Counter(tuple(to_rgb(dataset[position]["video"]).shape) for position in range(len(dataset)))
     assert shapes == {(3, 9, 16, 32): 2, (3, 20, 16, 16): 1}
 
 

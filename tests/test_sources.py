@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from stgen.cli import main
 from stgen.data import sources
+from stgen.data.color import to_rgb
 from stgen.data.reading import ClipDataset, ClipOrder, DamageLog, DataConfig, clip_loader
 from stgen.data.shards import COLUMNS, INDEX, SKIPPED, Damage, Index, ShardWriter, open_index, write_index
 from stgen.data.sources import Cached, LocalFolder, SourceError, check_name, open_source
@@ -84,7 +85,7 @@ def take(
     while len(clips) < last - first:
         for loader in loaders:
             taken = next(loader)
-            clips += zip(taken["position"], taken["caption"], taken["video"], strict=True)
+            clips += zip(taken["position"], taken["caption"], to_rgb(taken["video"]), strict=True)
             damaged += taken["damaged"]
     return clips, damaged
 

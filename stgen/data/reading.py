@@ -36,7 +36,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stgen import video
 from stgen.config import require
-from stgen.data.shards import CLIP_FILES, IMAGE_FILES, Damage, count_reasons, missing_parts, open_index
+from stgen.data.color import YUV420, from_planes, stack_clips
+from stgen.data.shards import CLIP_FILES, IMAGE_FILES, VIDEO_FILES, Damage, count_reasons, missing_parts, open_index
 from stgen.data.sources import LocalFolder, Source, open_source
 
 
@@ -297,26 +298,32 @@ def read_files(source: Source, row: dict[str, Any], wanted: Collection[str]) -> 
     return files
 
 
-def read_clip(files: dict[str, bytes], row: dict[str, Any]) -> Tensor:
-    """The pixels of a sample, uint8 `c t h w`.
+def read_clip(files: dict[str, bytes], row: dict[str, Any]) -> Tensor | YUV420:
+    """The pixels of a sample: RGB uint8 `c t h w`, or the planes of a YUV 4:2:0 video.
 
     Raises:
         DamagedSample: there is no clip, it cannot be decoded, or it is of another shape than the index says.
     """
     if not files.keys() & set(CLIP_FILES):
         raise DamagedSample(f"incomplete: lacks a clip ({', '.join(CLIP_FILES)})")
+    extension = next(name for name in CLIP_FILES if name in files)
     try:
-        frames = decode_clip(files)
+        coded = video.read_yuv420(files[extension]) if extension in VIDEO_FILES else None
+        frames = decode_clip(files) if coded is None else coded[0]
     except (ValueError, TypeError, EOFError) as error:
         raise DamagedSample(f"undecodable: {error}") from error
-    if frames.shape[:3] != clip_shape(row):
-        raise DamagedSample(f"wrong shape: holds {frames.shape[:3]}, its index says {clip_shape(row)}")
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
+    t, h, w = frames.shape[:3]
+    shape = (t, h, w) if coded is None else (t, 2 * h // 3, w)
+    if shape != clip_shape(row):
+        raise DamagedSample(f"wrong shape: holds {shape}, its index says {clip_shape(row)}")
+    return (
+        torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2))) if coded is None else from_planes(*coded)
+    )
 
 
 class ClipDataset(Dataset):
-    """Clips by position: `dataset[p]` is `{"video": uint8 c t h w, "caption": str, "fps": frames/s, "position": p, "damaged":
-    what it stands in for}`.
+    """Clips by position: `dataset[p]` is `{"video": RGB uint8 c t h w or YUV420, "caption": str, "fps": frames/s, "position": p,
+    "damaged": what it stands in for}`; `stgen.data.color` makes RGB and pixels in [-1, 1] of either.
 
     Args:
         shuffle: True is the order of training. False is for looking at the clips one by one: the first `len(dataset)`
@@ -471,10 +478,10 @@ class BatchPositions(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batch of samples of one shape: `video` uint8 `b c t h w`, `fps` `b` in frames/s, lists of captions and positions, and
-    one list of all that is `damaged`."""
+    """Batch of samples of one shape: `video` RGB uint8 `b c t h w` or YUV420, `fps` `b` in frames/s, lists of captions and
+    positions, and one list of all that is `damaged`."""
     return {
-        "video": torch.stack([s["video"] for s in samples]),
+        "video": stack_clips([s["video"] for s in samples]),
         "fps": torch.tensor([s["fps"] for s in samples]),
         "caption": [s["caption"] for s in samples],
         "position": [s["position"] for s in samples],
@@ -523,8 +530,3 @@ def clip_loader(
     samples = _ErrorsAsSamples(dataset)
     loader = DataLoader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=_collate_or_hand_on)
     return _raise_errors(iter(loader))
-
-
-def to_pixels(clip: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return clip.float() / 127.5 - 1

@@ -37,7 +37,8 @@ INDEX = "index.jsonl"
 COLUMNS = "index.columns.safetensors"
 SKIPPED = "skipped.jsonl"
 IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
-CLIP_FILES = ("npy", "mp4", "mkv", *IMAGE_FILES)
+VIDEO_FILES = ("mp4", "mkv")
+CLIP_FILES = ("npy", *VIDEO_FILES, *IMAGE_FILES)
 CLIP_FIELDS = ("caption", "fps", "num_frames", "height", "width", "source")
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 """Extensions that WebDataset unpickles, which runs whatever code the file holds."""
