@@ -33,8 +33,10 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from stgen.config import require
-from stgen.data.reading import Stored, clip_shape, fold_seed, read_clip, read_files, to_pixels
+from stgen.data.color import stack_clips, to_pixels, to_rgb
+from stgen.data.reading import DamagedSample, Stored, clip_shape, fold_seed, read_clip, read_files
 from stgen.data.shards import CLIP_FILES, ENCODED_FILES, ENCODING, INDEX, LATENT, TEXT, read_index, write_index
+from stgen.data.sources import LocalFolder
 from stgen.jobs import Pool, only_job
 from stgen.masks import MaskSpec, Shape, draw_mixture, given_latents_are_exact
 from stgen.models.latents import (
@@ -254,7 +256,7 @@ def encode_clips(
     require(batch_size >= 1, "batch_size", batch_size, "1 or more")
     require(max_text_length >= 1, "max_text_length", max_text_length, "1 or more")
     rows = read_index(data)
-    bare = [row["key"] for row in rows if not row["files"].keys() & set(CLIP_FILES)]
+    bare = rows.without(CLIP_FILES)
     require(not bare, f"data {data}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", "clips with pixels")
     fits = pool is None or device is None
     require(fits, "device", device, "none with actors, which work on GPUs if gpus_per_actor is above 0")
@@ -338,6 +340,7 @@ class _Encoder:
         self, data: Path, out: Path, vae: str, text_encoder: str | None, encoding: Encoding, device: str
     ) -> None:
         self.data, self.out, self.encoding, self.device = data, out, encoding, torch.device(device)
+        self.source = LocalFolder(str(data))
         self.vae = load_vae(vae).requires_grad_(False).to(self.device)
         self.text = None
         if text_encoder is not None:
@@ -384,15 +387,15 @@ class _Encoder:
         samples, clips = [], []
         for row in rows:
             try:
-                files = read_files(self.data, row, row["files"])
+                files = read_files(self.source, row, row["files"])
                 clips.append(read_clip(files, row))
-            except (ValueError, TypeError, EOFError) as error:
+            except DamagedSample as error:
                 raise ValueError(f"data {self.data}: sample {row['key']} of {row['shard']}: {error}") from error
             left_out = ENCODED_FILES if self.encoding.pixels else (*ENCODED_FILES, *CLIP_FILES)
             samples.append({name: data for name, data in files.items() if name not in left_out})
-        video = torch.stack(clips)
+        video = to_rgb(stack_clips(clips))
         length = max(1, _PIECE_PIXELS // (len(rows) * video[0, 0, 0].numel()))
-        pieces = (to_pixels(piece.to(self.device)) for piece in video.split(length, dim=2))
+        pieces = (to_pixels(piece, self.device) for piece in video.split(length, dim=2))
         moments = encode_moments_stream(self.vae, pieces)
         for i, (row, files) in enumerate(zip(rows, samples, strict=True)):
             parts = {name: x[i] for name, x in vars(moments).items() if x is not None}

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from stgen.accelerator import PREEMPTED, StopRequests, set_batch
 from stgen.averaging import AveragedWeights
 from stgen.checkpoint import best_score, check_global_batch, checkpoints, resume, save_checkpoint, share_weights
 from stgen.config import flatten_config, require, save_config, under
-from stgen.data.reading import ClipDataset, DataConfig, clip_loader
+from stgen.data.reading import ClipDataset, DamageLog, DataConfig, clip_loader
+from stgen.data.shards import count_reasons
 from stgen.optimization import (
     FiniteSteps,
     OptimizerConfig,
@@ -64,9 +65,9 @@ class LoopConfig:
 
 MAY_CHANGE = (
     *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips", "use_encoded"),
-    *("trackers", "peak_flops", "optimizer.max_nonfinite", "optimizer.snapshot_every"),
-    "validation",
+    *("data.path", "data.index", "data.cache", "data.cache_gib", "data.max_damaged", "data.workers"),
+    *("gradient_checkpointing", "statistics_clips", "use_encoded", "trackers", "peak_flops"),
+    *("optimizer.max_nonfinite", "optimizer.snapshot_every", "validation"),
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
 
@@ -175,6 +176,7 @@ def fit(
             entered, position, global_batch = number, samples - stage.begin, now.batch_size * ranks * now.accumulate
             check_global_batch(position, global_batch)
             set_batch(accelerator, now.batch_size, now.accumulate)
+            damage = DamageLog(stage.dataset)
             batches = clip_loader(stage.dataset, position, now.batch_size, now.data.workers, rank, ranks)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(now.optimizer, samples, config.samples)
@@ -182,6 +184,7 @@ def fit(
             with accelerator.accumulate(wrapped):
                 batch = next(batches)
                 speed.see(batch)
+                damage.add(batch["damaged"])
                 losses = compute_losses(wrapped, batch, samples)
                 accelerator.backward(all_or_nothing(losses["loss"]))
                 if accelerator.sync_gradients:
@@ -197,9 +200,11 @@ def fit(
             averaged.snapshot(run, samples)
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
+            if met := damage.share(gather_object):
+                accelerator.print(f"data: passed over {count_reasons(met)}, {len(damage.found)} in all: {met[0]}")
             values = log.take() | {"nonfinite": finite.count()} | speed.take()
             place = {"samples": samples, "stage": number} if len(stages) > 1 else {"samples": samples}
-            accelerator.log({**values, **place, "lr": optimizer.param_groups[0]["lr"]}, step)
+            accelerator.log({**values, **damage.metrics(), **place, "lr": optimizer.param_groups[0]["lr"]}, step)
             shown = {**values, "stage": number} if len(stages) > 1 else values
             show_row(bar, shown)
         speed.stop()

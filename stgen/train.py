@@ -6,12 +6,12 @@ that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, t
 
 import itertools
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -19,7 +19,8 @@ from torch import Tensor
 from stgen.accelerator import full_model, make_accelerator, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
-from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
+from stgen.data.color import to_pixels
+from stgen.data.reading import ClipDataset, fold_seed
 from stgen.encoding import draw_mask, read_encoding
 from stgen.finetuning import (
     LoRAConfig,
@@ -196,7 +197,7 @@ def model_inputs(
         latents, noise, condition_latents (0 in wholly hidden cells) `b c t h w`; condition_mask `b p t h w`; time `b`; text
         `b n d`, text_mask and drop_text `b`; fps, num_frames, height, width `b`.
     """
-    video = to_pixels(batch["video"])
+    video = to_pixels(batch["video"], device)
     sizes = dict(zip(("num_frames", "height", "width"), video.shape[2:], strict=True))
     own_null = config.model.get("null_text", "prompt") != "prompt"  # the transformer has a null text of its own
     masks, states, dropped, times, seeds = [], [], [], [], []
@@ -211,7 +212,7 @@ def model_inputs(
         seeds.append(generator)
     text_states, text_mask = pad_states(states)
 
-    video, mask = video.to(device), torch.stack(masks).to(device)
+    mask = torch.stack(masks).to(device)
     (p, factor), reach = compression_ratios(vae), temporal_reach(vae)
     folded = fold_mask(mask, p, factor)
     has_video = torch.ones(len(mask), dtype=torch.bool, device=device)
@@ -340,7 +341,8 @@ def train(config: TrainConfig) -> None:
     text = TextCache(run / "cache" / "text.safetensors")
 
     largest = (last.data.num_frames, last.data.height, last.data.width)
-    fps = statistics.median(float(row["fps"]) for row in opened[-1][0].rows if clip_shape(row) == largest)
+    rows = opened[-1][0].rows
+    fps = float(np.median(rows.fps[(rows.shapes == largest).all(1)]))
     net = make_model(replace(last, seed=config.seed), vae, text.dim, fps)
     if config.init is not None:
         begin_with(net, config.init)
