@@ -21,7 +21,8 @@ from torch import Tensor
 
 from stgen.accelerator import share_out
 from stgen.config import require
-from stgen.data.reading import ClipDataset, DataConfig, clip_shape, collate, to_pixels
+from stgen.data.color import to_pixels
+from stgen.data.reading import ClipDataset, DataConfig, clip_shape, collate
 from stgen.encoding import draw_mask
 from stgen.masks import MaskSpec, Shape, keep_given
 from stgen.models.latents import decode

@@ -584,7 +584,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     `b` says.
     """
     videos = [s["video"] for s in samples if "video" in s]
-    batch = {
+    batch: dict[str, Any] = {
         "video": stack_clips(videos) if videos else torch.empty(0, 3, *samples[0]["shape"], dtype=torch.uint8),
         "fps": torch.tensor([s["fps"] for s in samples]),
         "caption": [s["caption"] for s in samples],
