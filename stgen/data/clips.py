@@ -88,7 +88,7 @@ class ShardSettings:
         for low, high in (("min_duration", "max_duration"), ("min_fps", "max_fps"), ("min_motion", "max_motion")):
             least, most = getattr(self, low), getattr(self, high)
             require(least >= 0, low, least, "0 or more")
-            require(most is None or most >= least, high, most, f"{low}={least} or more")
+            require(most is None or most >= least, high, most, f"{low}={least:g} or more")
         require(0 <= self.max_black <= 1, "max_black", self.max_black, "0 to 1")
         few = f"0 to {HASH_BITS // 4}, or none"
         require(self.duplicates is None or 0 <= self.duplicates <= HASH_BITS // 4, "duplicates", self.duplicates, few)

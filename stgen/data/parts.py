@@ -4,11 +4,11 @@ The part of file i is its encoded clips, one behind the other, and a record `{cl
 its frames. The record is written last, so a part with one is whole, and what a killed run left is begun again.
 """
 
-import itertools
 import json
 import multiprocessing
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -38,14 +38,16 @@ def write_parts(
         for i in todo:
             yield _write_part(parts, i, files[i], settings)
         return
-    waiting, running = iter(todo), dict[Future[int], int]()
+    waiting, running = deque(todo), dict[Future[int], int]()
     while True:
         with _pool(workers) as pool:
             try:
                 while True:
                     # More than there are workers, so that none waits for this process.
-                    for i in itertools.islice(waiting, 2 * workers - len(running)):
+                    while waiting and len(running) < 2 * workers:
+                        i = waiting[0]
                         running[pool.submit(_write_part, parts, i, files[i], settings)] = i
+                        waiting.popleft()
                     if not running:
                         return
                     for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -1,14 +1,16 @@
 """Where a video cuts from one scene to another: PySceneDetect's adaptive detector, on small pictures, as a stream.
 
-PySceneDetect (Castellano, BSD-3) itself needs the OpenCV wheel with its windows, 60 MB, for what is a mean of absolute
-differences; so its definition is followed here, as Open-Sora's data pipeline uses it (`AdaptiveDetector`, threshold 3).
-Two things differ: at the ends of a video, where the window is cut off, cuts are found too; and there is no shortest
-scene, since what is shorter than a clip gives none. Dissolves and fades are not cuts and are not found.
+PySceneDetect (Castellano, BSD-3) itself needs the OpenCV wheel, 60 MB, for what is a mean of absolute differences; so its
+definition is followed here, as Open-Sora's data pipeline uses it (`AdaptiveDetector`, threshold 3). Three things differ:
+a change is compared with the median of those around it, so that two cuts close together do not hide each other; at the
+ends of a video, where the window is cut off, cuts are found too; and no scene is too short, since what is shorter than a
+clip gives none. Dissolves and fades are not found.
 """
 
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +44,7 @@ def number_scenes(frames: Iterable[DecodedFrame], threshold: float = THRESHOLD) 
     """Each frame with the number of its scene, 0, 1, ..., `WINDOW` frames after it was read.
 
     A frame begins a scene if it differs from the one before by `SMALLEST_CHANGE` or more, and by `threshold` times the
-    mean change of the `WINDOW` frames before and after it.
+    median change of the `WINDOW` frames before and after it.
     """
     scene, before = 0, None
     changes: deque[float] = deque(maxlen=2 * WINDOW + 1)
@@ -50,8 +52,7 @@ def number_scenes(frames: Iterable[DecodedFrame], threshold: float = THRESHOLD) 
 
     def begins(i: int) -> bool:
         around = [c for j, c in enumerate(changes) if j != i and abs(j - i) <= WINDOW and not math.isnan(c)]
-        mean = sum(around) / max(1, len(around))
-        return changes[i] >= SMALLEST_CHANGE and changes[i] >= threshold * mean
+        return changes[i] >= SMALLEST_CHANGE and changes[i] >= threshold * (median(around) if around else 0)
 
     for frame in frames:
         now = content(frame)

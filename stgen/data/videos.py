@@ -86,6 +86,7 @@ def shard_videos(
                 merge.take_ready()
                 bar.set_postfix(files=f"{merge.files}/{len(files)}", clips=merge.clips, dropped=len(merge.dropped))
                 bar.update(sizes[i])
+        assert merge.files == len(files)
         if merge.clips == 0:
             merge.write_dropped()
             counted = merge.reasons()
@@ -328,7 +329,7 @@ class _Counts:
         lost, unknown = sum(frames.values()), sum(row["frames"] is None for row in dropped)
         lines += ["", f"frames: {self.covered + lost} = {self.covered} in clips + {lost} dropped"]
         if unknown:
-            lines[-1] += f"; in {unknown} dropped parts nobody can count them"
+            lines[-1] += f", and {unknown} unreadable parts that nobody can count"
         if self.interlaced:
             lines.append(f"interlaced: {self.interlaced} files, whose clips show both fields; deinterlace them before")
         lines += histogram("motion of clips, mean difference of 255 a frame", self.motions)
@@ -369,8 +370,8 @@ def _write_sheet(path: Path, shards: dict[Shape, list[Path]], clips_per_shard: i
                     for extension, (offset, size) in sample["files"].items():
                         file.seek(offset)
                         files[extension] = file.read(size)
-                motion = "" if sample["motion"] is None else f", motion {sample['motion']:.2f}"
-                label = f"{shape_name(shape)}, {sample['fps']:.3g} frames/s{motion}\n{sample['key']}"
+                motion = "" if sample["motion"] is None else f"\nmotion {sample['motion']:.2f}"
+                label = f"{shape_name(shape)}, {sample['fps']:.3g} frames/s{motion}\n{sample['source']}"
                 rows.append((f"{label}\n{sample['caption'][:80]}".rstrip(), decode_clip(files)))
     contact_sheet(rows, path, title="clips", columns=8)
 
