@@ -8,6 +8,7 @@ Read frames are upright (the display matrix is applied, as by players), 8 bits a
 (PQ, HLG) is tone mapped to BT.709 by libswscale. Sound is ignored, and interlaced pictures stay as they are.
 """
 
+import functools
 import io
 import itertools
 import os
@@ -192,12 +193,11 @@ class _Converter:
 
     def __init__(self) -> None:
         self._scalers: dict[tuple[int, int], VideoReformatter] = {}
-        self._tone_mapping: av.filter.Graph | None = None
 
     def rgb(self, frame: av.VideoFrame, height: int, width: int) -> Frames:
         """uint8 `h w 3`, not yet turned."""
         if frame.color_trc in _HDR:
-            frame = self._to_sdr(frame)
+            frame = _to_sdr(frame)
         if any(component.is_alpha for component in frame.format.components):
             rgba = frame.to_ndarray(format="rgba", **_EXACT).astype(np.uint16)
             blended = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255).astype(np.uint8)
@@ -207,23 +207,28 @@ class _Converter:
         scaler = self._scalers.setdefault((height, width), VideoReformatter())
         return scaler.reformat(frame, width, height, "rgb24", **_RESIZE).to_ndarray().astype(np.uint8, copy=False)
 
-    def _to_sdr(self, frame: av.VideoFrame) -> av.VideoFrame:
-        if self._tone_mapping is None:
-            graph = av.filter.Graph()
-            source = graph.add_buffer(
-                width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
-            )
-            scale = graph.add("scale", "out_transfer=bt709:out_primaries=bt709:intent=perceptual")
-            rgb, sink = graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")
-            source.link_to(scale)
-            scale.link_to(rgb)
-            rgb.link_to(sink)
-            graph.configure()
-            self._tone_mapping = graph
-        self._tone_mapping.push(frame)
-        mapped = self._tone_mapping.pull()
-        assert isinstance(mapped, av.VideoFrame)
-        return mapped
+
+def _to_sdr(frame: av.VideoFrame) -> av.VideoFrame:
+    graph = _tone_mapping(frame.width, frame.height, frame.format.name, frame.color_trc)
+    graph.push(frame)
+    mapped = graph.pull()
+    assert isinstance(mapped, av.VideoFrame)
+    return mapped
+
+
+@functools.lru_cache(maxsize=4)  # libswscale takes 5 s to fill its table of colours, for each size anew
+def _tone_mapping(width: int, height: int, pixel_format: str, transfer: int) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=width, height=height, format=av.VideoFormat(pixel_format), time_base=Fraction(1, 1000)
+    )
+    scale = graph.add("scale", "out_transfer=bt709:out_primaries=bt709:intent=perceptual")
+    rgb, sink = graph.add("format", "pix_fmts=rgb24"), graph.add("buffersink")
+    source.link_to(scale)
+    scale.link_to(rgb)
+    rgb.link_to(sink)
+    graph.configure()
+    return graph
 
 
 def _upright(picture: Frames, matrix: NDArray[np.int32]) -> Frames:
