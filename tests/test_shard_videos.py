@@ -187,9 +187,13 @@ def test_the_same_command_is_done_and_another_is_refused(tmp_path, videos, capsy
     with pytest.raises(ValueError, match=r"Z\.mp4 of videos is 'new'"):
         shard_videos(videos, out, settings)
     assert content(out) == before
+    # What another command left is not taken for ours.
     (out / SETTINGS).unlink()
-    with pytest.raises(ValueError, match=INDEX):
-        shard_videos(videos, out, settings)
+    for name in (INDEX, "shard-000000.tar"):
+        with pytest.raises(ValueError, match=f"out is .*, allowed: a folder without {name}"):
+            shard_videos(videos, out, settings)
+        (out / name).unlink()
+    shard_videos(videos, out, settings)
 
 
 def test_no_clip_is_an_error_with_reasons_and_leaves_room_for_other_settings(tmp_path, videos):
@@ -296,6 +300,42 @@ def test_an_absurd_rate_costs_one_file_and_not_the_run(tmp_path, monkeypatch):
     (row,) = dropped_rows(tmp_path / "out")
     assert (row["source"], row["reason"], row["span"]) == ("a.mp4", "unencodable", [0, 4])
     assert "fps is 90000.0" in row["detail"]
+
+
+def test_pictures_that_cannot_be_converted_are_accounted_for(tmp_path, monkeypatch):
+    put(tmp_path / "videos" / "a.mp4", moving(9))
+    rgb = video.DecodedFrame.rgb
+
+    def fails(self, *size):
+        if self.index == 5:
+            raise ValueError("strange colours")
+        return rgb(self, *size)
+
+    monkeypatch.setattr(video.DecodedFrame, "rgb", fails)
+    shard_videos(tmp_path / "videos", tmp_path / "out", shapes("2x16x16"))
+    assert [row["span"] for row in read_index(tmp_path / "out")] == [[0, 2], [2, 4]]
+    (row,) = dropped_rows(tmp_path / "out")
+    assert (row["reason"], row["span"], row["detail"]) == ("undecodable", [4, 9], "strange colours")
+
+
+def test_interlaced_files_are_told(tmp_path):
+    (tmp_path / "videos").mkdir()
+    with av.open(str(tmp_path / "videos" / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"x264-params": "tff=1"})
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for frame in moving(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    shard_videos(tmp_path / "videos", tmp_path / "out", shapes("4x16x16"))
+    assert "interlaced: 1 files" in (tmp_path / "out" / SUMMARY).read_text()
+
+
+def test_the_out_folder_may_lie_among_the_videos(tmp_path):
+    put(tmp_path / "a.mp4", moving(4))
+    Image.fromarray(moving(1, seed=1)[0]).save(tmp_path / "b.png")
+    for _ in range(2):
+        shard_videos(tmp_path, tmp_path / "out", shapes("4x16x16", "1x16x16"))
+    assert [row["source"] for row in read_index(tmp_path / "out")] == ["a.mp4", "b.png"]
 
 
 def test_keys_stay_apart():

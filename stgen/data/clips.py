@@ -42,7 +42,7 @@ LONGEST_HOLD = 10
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What clips are cut, and which are kept. None, 0 and infinity in a limit let everything pass."""
+    """What clips are cut, and which are kept. None as an upper limit, and 0 as a lower one, let everything pass."""
 
     shapes: tuple[Shape, ...]
     """(num_frames, height, width) of clips. A file goes to the height and width that it covers without being enlarged and
@@ -210,8 +210,9 @@ def _cut_video(file: VideoFile, settings: ShardSettings) -> Iterator[Clip | Drop
     if decoded.error and not two:
         raise _Unusable("undecodable", decoded.error)
     rate = settings.fps or header.fps / settings.stride
-    first, expected = two[0], None if header.duration is None else max(1.0, header.duration * rate)
-    height, width, lengths = _choose_size(first.height, first.width, first.aspect, settings, len(two) == 1, expected)
+    first, still = two[0], len(two) == 1 and not decoded.error
+    expected = None if header.duration is None else header.duration * rate
+    height, width, lengths = _choose_size(first.height, first.width, first.aspect, settings, still, expected)
     source = _Source(file, settings, rate, (height, width), lengths)
 
     scene = 0

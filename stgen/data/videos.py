@@ -27,6 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from stgen.config import require
@@ -36,7 +38,7 @@ from stgen.data.listing import VideoFile, list_videos
 from stgen.data.parts import data_path, record_path, write_parts
 from stgen.data.reading import decode_clip
 from stgen.data.shards import INDEX, index_shard, write_index, write_shard
-from stgen.video import Row, contact_sheet, replacing
+from stgen.video import Frames, Row, contact_sheet, replacing
 
 DROPPED, SHEET, SUMMARY = "dropped.jsonl", "clips.png", "summary.txt"
 SETTINGS, INPUTS, PARTS = "settings.json", "inputs.jsonl", ".parts"
@@ -90,9 +92,9 @@ def shard_videos(
         if merge.clips == 0:
             merge.write_dropped()
             counted = merge.reasons()
+            shutil.rmtree(parts)
             for name in (SETTINGS, INPUTS):  # so that other settings may be tried here
                 (out / name).unlink()
-            shutil.rmtree(parts)
             raise ValueError(
                 f"videos {videos}: no clip in {len(files)} files; dropped: {counted} (see {out / DROPPED})"
             )
@@ -122,9 +124,8 @@ def _claim(out: Path, files: list[VideoFile], settings: ShardSettings) -> list[i
     wanted = json.loads(json.dumps(asdict(settings)))
     rows = [_input_row(file) for file in files]
     if not (out / SETTINGS).exists():
-        require(
-            not (out / INDEX).exists(), "out", str(out), f"a folder without {INDEX}, or one that this command wrote"
-        )
+        others = [path for name in (INDEX, PARTS, "*.tar") for path in out.rglob(name)]
+        require(not others, "out", str(out), f"a folder without {others[0].name if others else ''}, or of this command")
         _write_rows(out / INPUTS, rows)
         with replacing(out / SETTINGS) as temporary:
             temporary.write_text(json.dumps(wanted, indent=2) + "\n")
@@ -189,7 +190,7 @@ class _Merge:
         self._left: dict[int, int] = {}
         self._duplicates = None if settings.duplicates is None else Duplicates(settings.duplicates)
         self._names: set[str] = set()
-        self._counts = _Counts(settings)
+        self._counts = _Counts()
 
     def take_ready(self) -> None:
         """Takes all records that are there and whose turn it is."""
@@ -258,7 +259,7 @@ class _Merge:
             if samples:
                 self._write_shard(shape)
         self.write_dropped()
-        summary = self._counts.summary(self.out, len(self.inputs), self.shards, self.dropped)
+        summary = self._counts.summary(len(self.inputs), self.shards, self.dropped)
         with replacing(self.out / SUMMARY) as temporary:
             temporary.write_text(summary)
         _write_sheet(self.out / SHEET, self.shards, self.settings.clips_per_shard, self._counts.clips)
@@ -288,9 +289,8 @@ def _unique(name: str, taken: set[str]) -> str:
 class _Counts:
     """Counts for the summary."""
 
-    def __init__(self, settings: ShardSettings) -> None:
+    def __init__(self) -> None:
         self.clips: Counter[Shape] = Counter()
-        self.frames: Counter[Shape] = Counter()
         self.used: Counter[Shape] = Counter()
         self.seconds: Counter[Shape] = Counter()
         self.files = self.interlaced = self.covered = 0
@@ -301,7 +301,7 @@ class _Counts:
         self.files += bool(clips)
         if summary is not None:
             self.interlaced += summary["interlaced"]
-            self.durations.append(summary["duration"])
+            self.durations += [summary["duration"]] * (summary["num_frames"] > 1)
         for clip in clips:
             shape = clip["num_frames"], clip["height"], clip["width"]
             self.clips[shape] += 1
@@ -312,7 +312,7 @@ class _Counts:
         for shape in {(c["num_frames"], c["height"], c["width"]) for c in clips}:
             self.used[shape] += 1
 
-    def summary(self, out: Path, inputs: int, shards: dict[Shape, list[Path]], dropped: list[dict[str, Any]]) -> str:
+    def summary(self, inputs: int, shards: dict[Shape, list[Path]], dropped: list[dict[str, Any]]) -> str:
         lines = [f"{sum(self.clips.values())} clips from {self.files} of {inputs} files", ""]
         lines.append(f"{'shape':<34}{'clips':>9}{'files':>9}{'shards':>9}{'hours':>9}")
         for shape, paths in shards.items():
@@ -370,10 +370,20 @@ def _write_sheet(path: Path, shards: dict[Shape, list[Path]], clips_per_shard: i
                     for extension, (offset, size) in sample["files"].items():
                         file.seek(offset)
                         files[extension] = file.read(size)
-                motion = "" if sample["motion"] is None else f"\nmotion {sample['motion']:.2f}"
-                label = f"{shape_name(shape)}, {sample['fps']:.3g} frames/s{motion}\n{sample['source']}"
-                rows.append((f"{label}\n{sample['caption'][:80]}".rstrip(), decode_clip(files)))
+                lines = [shape_name(shape), sample["source"], sample["caption"][:80]]
+                if sample["motion"] is not None:
+                    lines[0] += f", {sample['fps']:.3g} frames/s"
+                    lines.insert(1, f"motion {sample['motion']:.2f}")
+                rows.append(("\n".join(lines).rstrip(), _shrink(decode_clip(files), 160)))
     contact_sheet(rows, path, title="clips", columns=8)
+
+
+def _shrink(clip: Frames, side: int) -> Frames:
+    """The clip `t h w 3` with no side longer than this."""
+    _, h, w, _ = clip.shape
+    scale = min(1.0, side / max(h, w))
+    size = max(1, round(w * scale)), max(1, round(h * scale))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in clip])
 
 
 def _by_shard(positions: list[int], clips_per_shard: int) -> dict[int, list[int]]:
