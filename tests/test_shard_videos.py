@@ -1,5 +1,6 @@
 """Videos become shards, and nothing is lost in silence."""
 
+import io
 import json
 import os
 import re
@@ -528,6 +529,24 @@ def test_filters_say_what_they_measured(tmp_path):
     assert details["long.mp4"] == "4.000 s"
 
 
+def test_a_file_that_does_not_say_how_long_it_is_is_measured(tmp_path):
+    (tmp_path / "videos").mkdir()
+    for name, frames in (("a.mkv", 8), ("b.mkv", 30)):
+        buffer = io.BytesIO()
+        buffer.seekable = lambda: False  # as a pipe: what was written cannot be completed
+        with av.open(buffer, "w", format="matroska") as container:
+            stream = container.add_stream("libx264", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+            for frame in moving(frames):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        (tmp_path / "videos" / name).write_bytes(buffer.getvalue())
+        assert video.read_header(tmp_path / "videos" / name).duration is None
+    shard_videos(tmp_path / "videos", tmp_path / "out", shapes("4x16x16", min_duration=1.0))
+    assert reasons(tmp_path / "out")["a.mkv"] == [("shorter than 1 s", 0, 8)]
+    assert {row["source"] for row in read_index(tmp_path / "out")} == {"b.mkv"}
+
+
 def test_duplicates_are_found_across_files_and_the_first_is_kept(tmp_path):
     folder, out = tmp_path / "videos", tmp_path / "out"
     original = moving(16, 64, 96, seed=1)
@@ -557,7 +576,10 @@ def test_a_table_names_files_parts_and_captions(tmp_path):
     put(tmp_path / "v" / "a.mp4", moving(30), caption="beside")
     put(tmp_path / "v" / "b.mp4", moving(8))
     header = "caption,path,start,end,score\n"
-    table = header + "from 1 s,v/a.mp4,1,2,3\nthe begin,./v/a.mp4,,0.95,\n,v/a.mp4,2.5,,\nb,v/b.mp4,,,\nno,v/c.mp4,,,\n"
+    table = (
+        header
+        + "from 1 s,v/a.mp4,1,2,3\nthe begin,./v/a.mp4,,0.95,\n,v/a.mp4,2.5,,\nb,v/b.mp4,,0.8,\nlate,v/b.mp4,5,6,\nno,v/c.mp4,,,\n"
+    )
     (tmp_path / "t.csv").write_text(table)
     shard_videos(tmp_path / "t.csv", tmp_path / "csv", shapes("4x32x48"))
     rows = [(row["source"], row["span"], row["caption"]) for row in read_index(tmp_path / "csv")]
@@ -571,6 +593,8 @@ def test_a_table_names_files_parts_and_captions(tmp_path):
         ("v/b.mp4", [4, 8], "b"),
     ]
     assert reasons(tmp_path / "csv")["v/c.mp4"] == [("missing", 0, None)]
+    (late,) = (row for row in dropped_rows(tmp_path / "csv") if row["reason"] == "without frames")
+    assert (late["source"], late["frames"], late["detail"]) == ("v/b.mp4", 0, "5 s to 6 s of 0.700 s")
     assert ("outside of start and end", 20, 25) in reasons(tmp_path / "csv")["v/a.mp4"]
     assert_all_frames_are_accounted_for(tmp_path / "csv", {"v/a.mp4": 30, "v/b.mp4": 8})
 

@@ -56,7 +56,7 @@ class ShardSettings:
     scene_threshold: float | None = scenes.THRESHOLD
     """How many times as much a cut changes as the frames around it do; None looks for no cuts."""
     min_duration: float = 0.0
-    """Seconds of the file, from its header."""
+    """Seconds of the file, from its header, or where that says nothing from its packets."""
     max_duration: float | None = None
     min_size: int = 1
     """Pixels of the file's shorter side."""
@@ -203,7 +203,7 @@ def _cut_video(file: VideoFile, settings: ShardSettings) -> Iterator[Clip | Drop
         header = video.read_header(file.path)
     except ValueError as error:
         raise _Unusable("undecodable", str(error)) from error
-    _check_header(header, settings)
+    _check_header(file, header, settings)
     decoded = _Decoded(file)
     frames = iter(decoded)
     two = list(itertools.islice(frames, 2))
@@ -215,16 +215,20 @@ def _cut_video(file: VideoFile, settings: ShardSettings) -> Iterator[Clip | Drop
     height, width, lengths = _choose_size(first.height, first.width, first.aspect, settings, still, expected)
     source = _Source(file, settings, rate, (height, width), lengths)
 
-    scene = 0
+    scene, empty = 0, dict(enumerate(file.segments))
     segment_of = _segment_of(file.segments)
     for number, run in itertools.groupby(itertools.chain(two, frames), segment_of):
         if number is None:
             indices = [frame.index for frame in run]
             yield Drop("outside of start and end", (indices[0], indices[-1] + 1))
             continue
+        del empty[number]
         for _, part in itertools.groupby(_number_scenes(run, settings.scene_threshold), itemgetter(1)):
             yield from source.cut_scene((frame for frame, _ in part), captions[number], scene)
             scene += 1
+    for segment in empty.values():
+        asked = f"{segment.start:g} s to {segment.end:g} s of {float(decoded.time):.3f} s"
+        yield Drop("without frames", (decoded.count, decoded.count), asked)
     if decoded.error:
         # What comes behind the damage is known from the header only.
         total = header.num_frames
@@ -243,9 +247,11 @@ def _number_scenes(frames: Iterable[DecodedFrame], threshold: float | None) -> I
         yield frame, scene + holes
 
 
-def _check_header(header: video.VideoHeader, settings: ShardSettings) -> None:
-    duration, fps = header.duration, header.fps
-    if duration is not None:
+def _check_header(file: VideoFile, header: video.VideoHeader, settings: ShardSettings) -> None:
+    fps = header.fps
+    if settings.min_duration > 0 or settings.max_duration is not None:
+        # Recordings that were cut off, and streams, do not say.
+        duration = video.count_packets(file.path) / fps if header.duration is None else header.duration
         if duration < settings.min_duration:
             raise _Unusable(f"shorter than {settings.min_duration:g} s", f"{duration:.3f} s")
         if settings.max_duration is not None and duration > settings.max_duration:
