@@ -48,16 +48,63 @@ def natural(
 
 @data.command("shard")
 def shard(
-    videos: Annotated[Path, typer.Option(help="folder of videos; NAME.txt or NAME.json beside one is its caption")],
+    videos: Annotated[Path, typer.Option(help="folder, or a csv, jsonl or parquet with a column path")],
     out: Annotated[Path, typer.Option(help="folder to write")],
-    num_frames: Annotated[int, typer.Option(help="frames of a clip")],
-    height: Annotated[int, typer.Option(help="height of a frame in pixels")],
-    width: Annotated[int, typer.Option(help="width of a frame in pixels")],
+    shape: Annotated[
+        Optional[list[str]], typer.Option(help="FRAMESxHEIGHTxWIDTH of clips, 20x64x96; several, each for what fits it")
+    ] = None,
+    num_frames: Annotated[Optional[int], typer.Option(help="frames of a clip, instead of --shape")] = None,
+    height: Annotated[Optional[int], typer.Option(help="height of a frame in pixels, likewise")] = None,
+    width: Annotated[Optional[int], typer.Option(help="width of a frame in pixels, likewise")] = None,
+    stride: Annotated[int, typer.Option(help="take every n-th frame")] = 1,
+    fps: Annotated[Optional[float], typer.Option(help="take frames at this constant rate, by their times")] = None,
+    scenes: Annotated[bool, typer.Option(help="cut scenes, so that no clip spans a cut")] = True,
+    scene_threshold: Annotated[
+        float, typer.Option(help="how many times as much a cut changes as its surroundings")
+    ] = 3,
+    min_duration: Annotated[float, typer.Option(help="seconds of a file")] = 0,
+    max_duration: Annotated[Optional[float], typer.Option(help="seconds of a file")] = None,
+    min_size: Annotated[int, typer.Option(help="pixels of a file's shorter side")] = 1,
+    min_fps: Annotated[float, typer.Option(help="frames/s of a file")] = 0,
+    max_fps: Annotated[Optional[float], typer.Option(help="frames/s of a file")] = None,
+    min_motion: Annotated[float, typer.Option(help="mean change of 255 a frame; below 0.3 a clip hardly moves")] = 0,
+    max_motion: Annotated[Optional[float], typer.Option(help="likewise; above 20 a clip mostly shakes")] = None,
+    max_black: Annotated[float, typer.Option(help="share of a clip's frames that may be black")] = 0.5,
+    duplicates: Annotated[
+        int, typer.Option(help="drop a clip that lies so many of 192 bits or fewer from an earlier one; -1 keeps all")
+    ] = 10,
+    caption_column: Annotated[str, typer.Option(help="column of captions in a table")] = "caption",
+    clips_per_shard: Annotated[int, typer.Option(help="clips of a tar")] = 256,
+    workers: Annotated[Optional[int], typer.Option(help="processes; all cores if not given")] = None,
 ) -> None:
-    """Cuts a folder of videos into clips of one shape."""
+    """Cuts videos into clips and writes those that pass the filters; the same command resumes."""
+    import os
+
+    from stgen.config import require
+    from stgen.data.clips import ShardSettings, parse_shape
     from stgen.data.videos import shard_videos
 
-    shard_videos(videos, out, num_frames, height, width)
+    sides = {"num_frames": num_frames, "height": height, "width": width}
+    given = [name for name, value in sides.items() if value is not None]
+    require(len(given) == (0 if shape else 3), "options", given or None, "--shape, or num_frames, height and width")
+    settings = ShardSettings(
+        shapes=tuple(map(parse_shape, shape)) if shape else ((num_frames or 0, height or 0, width or 0),),
+        stride=stride,
+        fps=fps,
+        scene_threshold=scene_threshold if scenes else None,
+        min_duration=min_duration,
+        max_duration=max_duration,
+        min_size=min_size,
+        min_fps=min_fps,
+        max_fps=max_fps,
+        min_motion=min_motion,
+        max_motion=max_motion,
+        max_black=max_black,
+        duplicates=None if duplicates == -1 else duplicates,
+        clips_per_shard=clips_per_shard,
+    )
+    cores = len(os.sched_getaffinity(0)) if workers is None else workers
+    shard_videos(videos, out, settings, cores, caption_column)
 
 
 @data.command("index")

@@ -3,7 +3,6 @@
 Frames are uint8 `t h w 3`: t frames, h height and w width in pixels.
 """
 
-import csv
 import dataclasses
 import json
 import math
@@ -24,6 +23,7 @@ from stgen.pipelines import (
     STGenPipeline,
     STGenPredictionPipeline,
 )
+from stgen.tables import read_table
 from stgen.video import Frames, read_video
 
 TASKS: dict[str, tuple[type[STGenPipeline], tuple[str, ...]]] = {
@@ -155,26 +155,33 @@ def parse_requests(path: str | Path) -> list[Request]:
             another; the message names the file, the line or row, and the field.
     """
     path = Path(path)
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    require(path.suffix in readers, "requests", str(path), f"a file name ending in {', '.join(readers)}")
-    require(path.is_file(), "requests", str(path), "a file that exists")
     requests: list[Request] = []
     seen: dict[str, str] = {}
-    try:
-        for where, row in readers[path.suffix](path):
-            try:
-                request = _request(row, path.parent.resolve())
-                require(request.id not in seen, "id", request.id, f"another one, since {seen.get(request.id)} has it")
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            seen[request.id] = where
-            requests.append(request)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    for where, row in read_table(path, "requests"):
+        try:
+            request = _request(_typed(row, path.suffix), path.parent.resolve())
+            require(request.id not in seen, "id", request.id, f"another one, since {seen.get(request.id)} has it")
+        except ValueError as error:
+            raise ValueError(f"{path}: {where}: {error}") from error
+        seen[request.id] = where
+        requests.append(request)
     require(len(requests) > 0, "requests", str(path), "a file with at least one request")
     return requests
+
+
+def _typed(row: dict[str, Any], suffix: str) -> dict[str, Any]:
+    """The values that the cells of a csv spell, and the whole numbers that pandas writes to parquet as floats."""
+    typed = dict(row)
+    for name in row.keys() & _FIELDS.keys():
+        value, (kind, _) = row[name], _kind(_FIELDS[name])
+        if suffix == ".csv" and value is not None:
+            try:
+                typed[name] = kind(value)
+            except ValueError as error:
+                raise ValueError(f"{name} is {value!r}, allowed: {_KINDS[kind]}") from error
+        elif suffix == ".parquet" and kind is int and isinstance(value, float) and value.is_integer():
+            typed[name] = int(value)
+    return typed
 
 
 def _request(row: dict[str, Any], folder: Path) -> Request:
@@ -188,69 +195,6 @@ def _request(row: dict[str, Any], folder: Path) -> Request:
         if given.get(name) and isinstance(given[name], str):
             given[name] = str(folder / given[name])
     return Request(**given)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # utf-8-sig, here and for csv: some editors put a byte order mark at the start.
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number} is no JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is {line.strip()[:80]!r}, allowed: one JSON object a line")
-            yield f"line {number}", row
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            for name in header:
-                require(header.count(name) == 1, "column", name, "each column once")
-            for cells in reader:
-                where = f"line {reader.line_num}"
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise ValueError(f"{where} has {len(cells)} cells, allowed: {len(header)}, as the header")
-                yield where, {name: _from_text(name, cell, where) for name, cell in zip(header, cells, strict=True)}
-        except csv.Error as error:
-            raise ValueError(f"line {reader.line_num} is no CSV: {error}") from error
-
-
-def _from_text(name: str, cell: str, where: str) -> Any:
-    """The value of a csv cell; that of an unknown column is left to the caller to refuse."""
-    if cell == "" or name not in _FIELDS:
-        return cell or None
-    kind, _ = _kind(_FIELDS[name])
-    try:
-        return kind(cell)
-    except ValueError as error:
-        raise ValueError(f"{where}: {name} is {cell!r}, allowed: {_KINDS[kind]}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError("a parquet file needs pyarrow: pip install 'stgen[ray]'") from error
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"no parquet file: {error}") from error
-    for number, row in enumerate(rows, start=1):
-        for name, value in row.items():
-            if isinstance(value, float):
-                # What pandas writes has NaN where nothing is, and whole numbers of such a column as floats.
-                whole = name in _FIELDS and _kind(_FIELDS[name])[0] is int and value.is_integer()
-                row[name] = None if math.isnan(value) else int(value) if whole else value
-        yield f"row {number}", row
 
 
 # --- Generation ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = [
     {"durable"},
     {"config"},
-    {"masks", "flow", "video", "optimization", "jobs", "averaging"},
+    {"masks", "flow", "video", "tables", "optimization", "jobs", "averaging"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
     {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},

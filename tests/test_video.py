@@ -1,6 +1,7 @@
 """Video files in and out, judged on real files."""
 
 import io
+import itertools
 from fractions import Fraction
 from pathlib import Path
 
@@ -111,6 +112,125 @@ def test_frames_come_out_upright(tmp_path, quarters, mirrored):
         matrix, upright = (-matrix[0], matrix[1], -matrix[2], matrix[3]), upright[:, :, ::-1]
     frames, _ = video.read_video(turn((tmp_path / "a.mp4").read_bytes(), matrix))
     assert psnr(frames, upright) > 30
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_frames_that_are_made_smaller_are_upright_too(tmp_path, degrees):
+    clip = gradient(2, 32, 48)
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv444p"
+        stream.set_display_rotation(degrees)  # counter-clockwise
+        for frame in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    upright = np.rot90(clip, degrees // 90, axes=(1, 2))
+    assert psnr(video.read_video(tmp_path / "a.mp4")[0], upright) > 30
+    h, w = upright.shape[1] // 2, upright.shape[2] // 4
+    for frame, expected in zip(video.stream_frames(tmp_path / "a.mp4"), upright, strict=True):
+        assert (frame.height, frame.width) == upright.shape[1:3]
+        assert frame.aspect == Fraction(upright.shape[2], upright.shape[1])
+        small = Image.fromarray(expected).resize((w, h), Image.Resampling.BICUBIC)
+        assert psnr(frame.rgb(h, w), np.asarray(small)) > 30
+
+
+@pytest.mark.parametrize("pixels", ["yuv420p", "yuv444p", "yuv420p10le"])
+def test_frames_are_made_smaller_as_pillow_does(tmp_path, pixels):
+    write(tmp_path / "a.mp4", np.repeat(noise(2, 12, 16), 8, axis=1).repeat(8, axis=2), "libx264", pixels)
+    for frame in video.stream_frames(tmp_path / "a.mp4"):
+        whole = frame.rgb()
+        assert whole.shape == (96, 128, 3)
+        for h, w in ((72, 96), (31, 40), (48, 128)):
+            small = np.asarray(Image.fromarray(whole).resize((w, h), Image.Resampling.BICUBIC))
+            assert psnr(frame.rgb(h, w), small) > (35 if pixels == "yuv444p" else 28)  # chroma is interpolated once
+        assert psnr(frame.rgb(192, 256), np.asarray(Image.fromarray(whole).resize((256, 192), 3))) > 24
+
+
+def pq(nits: np.ndarray) -> np.ndarray:
+    """The signal, 0 to 1, of a luminance: SMPTE ST 2084."""
+    y = (nits / 10000) ** 0.1593017578125
+    return ((0.8359375 + 18.8515625 * y) / (1 + 18.6875 * y)) ** 78.84375
+
+
+@pytest.mark.parametrize("transfer", [16, pytest.param(18, marks=pytest.mark.slow)], ids=["PQ", "HLG"])
+def test_hdr_is_tone_mapped(tmp_path, transfer):
+    signal = pq(np.array([0, 5, 50, 203, 1000.0])) if transfer == 16 else np.array([0, 0.12, 0.38, 0.75, 1])
+    luma = (64 + 876 * signal).round().astype(np.uint16).repeat(16)
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.height, stream.width, stream.pix_fmt = 16, 80, "yuv420p10le"
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc, context.color_range = 9, 9, transfer, 1
+        for _ in range(2):
+            frame = av.VideoFrame(80, 16, "yuv420p10le")
+            for i, plane in enumerate(frame.planes):
+                values = np.full((plane.height, plane.line_size // 2), 512, np.uint16)
+                if i == 0:
+                    values[:, :80] = luma
+                plane.update(values.tobytes())
+            frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range = 9, 9, transfer, 1
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames, _ = video.read_video(tmp_path / "a.mp4")
+    levels = frames[:, 8, 8::16].astype(int)
+    assert np.ptp(levels, axis=2).max() <= 3, "grey stays grey"
+    black, dark, grey, white, bright = levels[0, :, 1]
+    # White of a page, 203 nits (ITU-R BT.2408), is bright, and highlights are above it: unmapped PQ has it at 148 and 5
+    # nits at 77, which is the washed out look of HDR shown as if it were not.
+    assert black <= 2
+    assert 20 < dark < 60 < grey < 140 < white < bright <= 255
+    *_, last = video.stream_frames(tmp_path / "a.mp4")
+    assert abs(last.rgb(8, 40)[4, 4::8, 1] - levels[0, :, 1]).max() < 9
+
+
+def test_times_are_those_of_the_file_and_always_rise(tmp_path):
+    times = [100, 130, 170, 400, 1000]
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 8, 8, "bgr0"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for at, picture in zip(times, noise(5, 8, 8), strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = at, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    frames = list(video.stream_frames(tmp_path / "a.mkv"))
+    assert [frame.time * 1000 for frame in frames] == [0, 30, 70, 300, 900]
+    assert [frame.index for frame in frames] == list(range(5))
+    # A raw stream has no times: they follow from the rate.
+    with av.open(str(tmp_path / "a.h264"), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 16, 16, "yuv420p"
+        for picture in noise(5, 16, 16):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    times = [frame.time for frame in video.stream_frames(tmp_path / "a.h264")]
+    assert all(b > a for a, b in itertools.pairwise(times))
+    assert len(times) == 5
+
+
+def test_headers_and_packets(tmp_path):
+    write(tmp_path / "a.mp4", gradient(7, 32, 32), "libx264", "yuv420p", rate=Fraction(30000, 1001), sound=True)
+    header = video.read_header(tmp_path / "a.mp4")
+    assert (header.num_frames, header.fps) == (7, pytest.approx(30000 / 1001))
+    assert header.duration == pytest.approx(7 * 1001 / 30000, rel=1e-3)
+    write(tmp_path / "a.mkv", gradient(7, 32, 32), "libx264", "yuv420p")
+    assert video.read_header(tmp_path / "a.mkv").num_frames is None
+    assert video.count_packets(tmp_path / "a.mkv") == video.count_packets(tmp_path / "a.mp4") == 7
+    with pytest.raises(ValueError, match="No such file"):
+        video.read_header(tmp_path / "b.mp4")
+
+
+def test_interlaced_pictures_are_told(tmp_path):
+    for name, options in (("a.mkv", {"x264-params": "tff=1"}), ("b.mkv", {})):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=25, options=options)
+            stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+            for picture in gradient(3, 32, 32):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    assert all(frame.interlaced for frame in video.stream_frames(tmp_path / "a.mkv"))
+    assert not any(frame.interlaced for frame in video.stream_frames(tmp_path / "b.mkv"))
 
 
 def test_transparency_lies_on_black(tmp_path):

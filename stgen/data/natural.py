@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from tqdm import tqdm
 
 from stgen import video
 from stgen.config import require
+from stgen.data.listing import find_videos, read_caption
 from stgen.data.shards import INDEX, ShardWriter, read_index
-from stgen.data.videos import covering_size, crop_and_resize, find_videos, read_caption
 
 Frame = NDArray[np.uint8]
 
@@ -164,6 +165,20 @@ def play(game: str, seed: int) -> Iterator[Frame]:
 def is_atari(index: int, atari: float) -> bool:
     """Whether clip `index` is a game's: of any first n clips `floor(n * atari)` are, evenly spread."""
     return int((index + 1) * atari) > int(index * atari)
+
+
+def covering_size(h: int, w: int, height: int, width: int) -> tuple[float, float]:
+    """The largest part of `h` x `w`, (rows, columns), that has the shape of `height` x `width`."""
+    return (w * height / width, w) if h * width > w * height else (h, h * width / height)
+
+
+def crop_and_resize(
+    frame: NDArray[np.uint8], top: int, left: int, rows: float, columns: float, height: int, width: int
+) -> NDArray[np.uint8]:
+    """A part of `h w 3`, brought to `height width 3` by bicubic interpolation, antialiased where it shrinks."""
+    # The corner is a whole pixel, so that a crop without shrinking copies.
+    box = (left, top, left + columns, top + rows)
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC, box))
 
 
 def cut_randomly(
