@@ -15,12 +15,13 @@ REPOSITORY = Path(__file__).parent.parent
 # Each module may import from its own layer's earlier entries and from all layers above it in this list.
 LAYERS = [
     {"config"},
-    {"masks", "flow", "video", "optimization"},
+    {"masks", "flow", "video", "optimization", "footprint"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
     {"accelerator", "checkpoint", "generation", "reconstruction"},
     {"loop"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
+    {"plan"},
     {"cli"},
 ]
 FORBIDDEN = [("data", "models"), ("data", "text"), ("models", "text"), ("models", "data"), ("pipelines", "data")]
