@@ -138,9 +138,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 # --- How processes share it ---------------------------------------------------------------------------------------
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-REDUCE_BUCKET = 500_000_000
-"""Elements of the buffer through which DeepSpeed reduces gradients, and the weights that ZeRO-3 keeps gathered (twice as
-many): its defaults `reduce_bucket_size` and `stage3_max_live_parameters`."""
+REDUCE_BUCKET, MAX_LIVE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
+"""Elements, as DeepSpeed has them unless told otherwise: of the buffer that gradients are reduced through
+(`reduce_bucket_size`), of the weights that ZeRO-3 keeps gathered (`stage3_max_live_parameters`), and of those that it gathers
+in one run (`stage3_prefetch_bucket_size`)."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,8 @@ def rank_memory(
         min(REDUCE_BUCKET, states.elements) if touched_only else REDUCE_BUCKET
     )
     if strategy == "zero3":
-        buffers = bucket + min(states.weights, 2 * REDUCE_BUCKET * width)
+        # Weights are gathered in runs, each of which is there twice while it is put together.
+        buffers = bucket + min(states.weights, MAX_LIVE * width) + min(states.weights, PREFETCH * width)
         weights, gradients, averages = map(share, (states.weights, gradients, averages))
         total = weights + gradients + optimizer + averages + buffers + step.activations + frozen
         return RankMemory(weights, gradients, optimizer, averages, buffers, step.activations, frozen, total)
