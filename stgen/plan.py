@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -209,8 +209,8 @@ class Work:
     """What is run and not trained with it."""
     run: Callable[[Any, int, tuple[int, int, int]], None]
     """Forward and backward of so many clips of a shape; takes the model as it is called under mixed precision."""
-    whole_frames: bool = False
-    """Whether no frame has both given and generated pixels."""
+    unknown: float = 1.0
+    """What a value is taken for that fake tensors are asked and do not have; see `StepLedger`."""
 
 
 @dataclass(frozen=True)
@@ -292,15 +292,16 @@ def transformer_work(config: TrainConfig, vae: VideoVAE, text: Text, given: str,
         }
         denoising_losses(model, inputs, config.flow, config.learn_sigma)["loss"].backward()
 
-    return Work(net, [vae], run, given != "parts")
+    # The transformer asks whether frames are given wholly or not at all.
+    return Work(net, [vae], run, unknown=float(given != "parts"))
 
 
-def vae_work(config: TrainVAEConfig, vae: Any, distance: Any, accelerator: Accelerator) -> Work:
+def vae_work(
+    config: TrainVAEConfig, vae: Any, distance: Any, adversary: Adversary | None, device: torch.device
+) -> Work:
     """The work of `stgen.train_vae`, on its longest windows, with all of its losses in play."""
-    device = accelerator.device
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
     # The network of the perceptual loss is handed over, since it is read from a file, which fake tensors cannot be.
     objective = VAEObjective(vae, config.reconstruction, config.kl_weight, config.ping_pong_weight, None, adversary)
     objective.perceptual = distance
@@ -623,13 +624,20 @@ def open_models(plan: Plan, config: LoopConfig, accelerator: Accelerator) -> Ope
     if distance is not None:
         plan.parameters["perceptual network, frozen"] = count(distance.network)
         frozen += weight_bytes(distance.network)
+    rival = None
     if config.discriminator is not None:
-        rival = PatchDiscriminator3d(channels=config.discriminator.channels, layers=config.discriminator.layers)
-        plan.parameters["discriminator"] = count(rival)
-        frozen += 4 * weight_bytes(rival)  # weights, gradients and Adam's two, on every process
+        rival = refused(plan.problems, lambda: Adversary(config.discriminator, accelerator, config.samples))
+        if rival is None:
+            return None
+        plan.parameters["discriminator"] = count(rival.net)
+        frozen += 4 * weight_bytes(rival.net)  # weights, gradients and Adam's two, on every process
 
     def make_objective(config: TrainVAEConfig, faked: Callable[[Any], Any]) -> Work:
-        return vae_work(config, faked(vae), faked(distance), accelerator)
+        adversary = copy(rival)
+        if adversary is not None and config.discriminator is not None:
+            adversary.net = faked(adversary.net)
+            adversary.optimizer = make_optimizer(adversary.net, config.discriminator.optimizer)
+        return vae_work(config, faked(vae), faked(distance), adversary, device)
 
     return Opened(make_objective, frozen, 0, 0)
 
@@ -666,9 +674,7 @@ def fake_step(
     with fake_tensors() as faked:
         work = opened.make(smaller(config, probe), faked)
         model = under_precision(work.model, PRECISIONS[plan.precision], half)
-        footprint = step_footprint(
-            work.model, lambda: work.run(model, probe.batch, shape), work.beside, float(work.whole_frames)
-        )
+        footprint = step_footprint(work.model, lambda: work.run(model, probe.batch, shape), work.beside, work.unknown)
         # DeepSpeed's optimizer trains float32 copies, so that of half weights is not asked.
         optimizer = 0 if half or probe.layers else optimizer_bytes(make_optimizer(work.model, config.optimizer))
     return work, footprint, optimizer
