@@ -626,7 +626,7 @@ def open_models(plan: Plan, config: LoopConfig, accelerator: Accelerator) -> Ope
         frozen += weight_bytes(distance.network)
     rival = None
     if config.discriminator is not None:
-        rival = refused(plan.problems, lambda: Adversary(config.discriminator, accelerator, config.samples))
+        rival = refused(plan.problems, partial(Adversary, config.discriminator, accelerator, config.samples))
         if rival is None:
             return None
         plan.parameters["discriminator"] = count(rival.net)
