@@ -68,6 +68,22 @@ def index(shards: Annotated[Path, typer.Option(help="folder of WebDataset tars, 
     write_index(shards)
 
 
+@app.command("shrink-text-encoder")
+def shrink_text_encoder(
+    data: Annotated[str, typer.Option(help="shard folder whose captions say which words are kept")],
+    out: Annotated[str, typer.Option(help="folder to write")],
+    source: Annotated[str, typer.Option("--from", help="a BERT, by folder or name")] = "all-MiniLM-L6-v2",
+    layers: Annotated[int, typer.Option(help="first layers that are kept")] = 2,
+    max_length: Annotated[int, typer.Option(help="most tokens of a text")] = 64,
+) -> None:
+    """Saves a small text encoder: the first layers of a BERT and the words of your captions."""
+    from stgen.data.shards import read_index
+    from stgen.text import shrink_text_encoder as run
+
+    run(source, (row["caption"] for row in read_index(data)), layers, max_length, out)
+    print(out)
+
+
 @app.command()
 def plan(
     config: Annotated[str, typer.Option(help="YAML file of a training run")],

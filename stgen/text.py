@@ -3,10 +3,13 @@
 Shapes: b prompts, n tokens, d the encoder's width.
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
+import string
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stgen.config import require
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +66,54 @@ def encode_text(
     mask = tokens.attention_mask.bool().to(states.device)  # under CPU offload the encoder has moved meanwhile
     # Padding's states are noise that depends on the batch; zeros make the same prompt the same tensor.
     return states * mask[..., None].to(states.dtype), mask
+
+
+def shrink_text_encoder(name: str, texts: Iterable[str], layers: int, max_length: int, out: str | Path) -> None:
+    """Saves the first `layers` layers of a BERT and the word pieces of `texts`, as a text encoder of a closed domain.
+
+    Its states are those of the whole encoder after so many layers, for any text of the same words. ASCII characters
+    stay in the vocabulary, so that other words are spelled, as a word piece tokenizer does, instead of being lost.
+
+    Args:
+        name: encoder to take apart, as `load_text_encoder` finds it.
+        max_length: tokens that its position table still holds, which is the longest text.
+
+    Raises:
+        ValueError: the encoder is no BERT, has fewer layers or positions, there is no text, or one is longer.
+    """
+    tokenizer, encoder = load_text_encoder(name)
+    config = copy.deepcopy(encoder.config)
+    require(config.model_type == "bert", "text_encoder", name, f"a BERT, not a {config.model_type}")
+    require(1 <= layers <= config.num_hidden_layers, "layers", layers, f"1 to {config.num_hidden_layers}")
+    require(
+        2 <= max_length <= config.max_position_embeddings, "max_length", max_length, "2 or more tokens of its table"
+    )
+    distinct = sorted(set(texts))
+    require(len(distinct) > 0, "texts", distinct, "at least one")
+    longest = max(distinct, key=lambda text: len(tokenizer(text).input_ids))
+    length = len(tokenizer(longest).input_ids)
+    require(length <= max_length, "max_length", max_length, f"{length} or more, the tokens of {longest!r}")
+    used = {token for ids in tokenizer(distinct).input_ids for token in ids}
+    pieces = sorted(tokenizer.get_vocab().items(), key=itemgetter(1))
+    letters = {prefix + character for prefix in ("", "##") for character in string.printable}
+    kept = [(piece, i) for piece, i in pieces if i in used or piece in letters.union(tokenizer.all_special_tokens)]
+
+    config.num_hidden_layers, config.vocab_size, config.max_position_embeddings = layers, len(kept), max_length
+    rows = {
+        "word_embeddings.weight": torch.tensor([i for _, i in kept]),
+        "position_embeddings.weight": torch.arange(max_length),
+    }
+    small = type(encoder)(config)
+    weights = {name: weight for name, weight in encoder.state_dict().items() if name in small.state_dict()}
+    for key, chosen in rows.items():
+        weights["embeddings." + key] = weights["embeddings." + key][chosen]
+    small.load_state_dict(weights)
+    small.save_pretrained(out)
+    # Ids are places in the vocabulary, so the tokenizer is made anew from the pieces that are left.
+    vocabulary = {piece: i for i, (piece, _) in enumerate(kept)}
+    type(tokenizer)(
+        vocab=vocabulary, do_lower_case=tokenizer.do_lower_case, model_max_length=max_length
+    ).save_pretrained(out)
 
 
 class TextCache:
