@@ -166,6 +166,28 @@ def shrink_text_encoder(
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Option(help="YAML file of a training run")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[key.sub=value]...")] = None,
+    trainer: Annotated[Optional[str], typer.Option(help="train or train_vae; found out by default")] = None,
+    processes: Annotated[int, typer.Option(help="of the run, on all machines")] = 1,
+    strategy: Annotated[str, typer.Option(help="ddp, zero1, zero2, zero3 or fsdp")] = "ddp",
+    precision: Annotated[str, typer.Option(help="no, fp16 or bf16")] = "no",
+    probe: Annotated[float, typer.Option(help="seconds that measuring the speed may take; 0 leaves it out")] = 20,
+    json: Annotated[Optional[Path], typer.Option(help="file to write the plan to as well")] = None,
+) -> None:
+    """What a training run will take, and whether it would start: data, memory, time. Writes nothing into it."""
+    from stgen.plan import make_plan, report, to_json
+
+    found = make_plan(config, overrides or (), trainer, processes, strategy, precision, probe)
+    if json is not None:
+        json.write_text(to_json(found))
+    print(report(found))
+    if found.problems:
+        raise typer.Exit(2)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Option("--from", help="open-sora-1.0, open-sora-1.1, open-sora-1.2, vdt or latte")],
     checkpoint: Annotated[

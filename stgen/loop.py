@@ -75,12 +75,8 @@ ARCHITECTURE = "architecture"
 """Folder in the run folder with the config.json of the model in training, from which `stgen export` makes it again."""
 
 
-def begin_run(config: LoopConfig) -> None:
-    """Makes the run folder and writes its config.yaml.
-
-    Raises:
-        ValueError: the folder has checkpoints of a run that was configured otherwise.
-    """
+def check_run(config: LoopConfig) -> None:
+    """Raises `ValueError` if the run folder has checkpoints of a run that was configured otherwise."""
     run = Path(config.run)
     if checkpoints(run):
         before, now = flatten_config(run / "config.yaml"), flatten_config(config)
@@ -88,6 +84,12 @@ def begin_run(config: LoopConfig) -> None:
             if not under(key, MAY_CHANGE):
                 changed = f"{before.get(key)!r}, with which {run} was begun; another run folder takes another value"
                 require(before.get(key) == now.get(key), key, now.get(key), changed)
+
+
+def begin_run(config: LoopConfig) -> None:
+    """Makes the run folder and writes its config.yaml, after `check_run`."""
+    check_run(config)
+    run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.yaml")
 

@@ -16,13 +16,13 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = [
     {"durable"},
     {"config"},
-    {"masks", "flow", "video", "tables", "optimization", "jobs", "averaging"},
+    {"masks", "flow", "video", "tables", "optimization", "jobs", "averaging", "footprint"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
     {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},
     {"loop", "validation"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
-    {"export"},
+    {"export", "plan"},
     {"cli"},
 ]
 FORBIDDEN = [("data", "models"), ("data", "text"), ("models", "text"), ("models", "data"), ("pipelines", "data")]
