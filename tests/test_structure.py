@@ -18,7 +18,7 @@ LAYERS = [
     {"masks", "flow", "video", "optimization"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
-    {"accelerator", "checkpoint", "generation", "reconstruction"},
+    {"accelerator", "checkpoint", "generation", "reconstruction", "digits"},
     {"loop"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
     {"cli"},
