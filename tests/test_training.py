@@ -195,15 +195,19 @@ def test_bad_configuration_is_one_line(world: Path, override: str, message: str,
 def test_the_trained_folder_is_evaluated_and_used(world: Path, reference: dict[int, float], tmp_path: Path) -> None:
     """The demo's last step at toy size: all protocols, all pictures."""
     export = str(world / "one" / "export")
-    scores = evaluate(export, str(world / "heldout"), str(tmp_path), clips=2, samples=2, steps=2, batch=2)
+    result = evaluate(export, str(world / "heldout"), str(tmp_path), clips=2, samples=2, steps=2, batch=2)
+    scores = result.scores
     assert set(scores) == {"prediction", "interpolation", "inpainting"}
     for rows in scores.values():
         assert set(BASELINES) < set(rows)
         assert all(score.mse >= 0 for score in rows.values())
+    assert result.reading["true clips (ceiling)"].digits == 1
     for name in (
         "report.md",
         "report.json",
         "contact_sheet.png",
+        "per_frame.png",
+        "interpolation.png",
         "prediction.mp4",
         "inpainting.gif",
         "text-to-video.mp4",
