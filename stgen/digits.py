@@ -138,11 +138,10 @@ def draw_windows(
 
     halved = F.interpolate(F.avg_pool2d(windows, 2), scale_factor=2, mode="bilinear")
     windows = torch.lerp(windows, halved, some(0.3))
-    taps = torch.exp(-0.5 * (torch.arange(-3.0, 4.0) / 1.2).square())
-    taps = (taps[:, None] * taps / taps.sum().square())[None, None]
-    windows = torch.lerp(
-        windows, F.conv2d(windows, taps, padding=3), some(0.5) * uniform((size, 1, 1, 1), 0, 1, generator)
-    )
+    for share, sigma in ((0.5, 1.2), (0.25, 2.2)):
+        taps = torch.exp(-0.5 * (torch.arange(-5.0, 6.0) / sigma).square())
+        blurred = F.conv2d(windows, (taps[:, None] * taps / taps.sum().square())[None, None], padding=5)
+        windows = torch.lerp(windows, blurred, some(share) * uniform((size, 1, 1, 1), 0, 1, generator))
     windows = windows * uniform((size, 1, 1, 1), 0.6, 1, generator)
     noise = torch.randn(windows.shape, generator=generator) * uniform((size, 1, 1, 1), 0, 0.08, generator)
     windows = (windows + some(0.5) * noise).clamp(0, 1)
