@@ -11,7 +11,7 @@ turns, so that an interrupted run is a fair one of fewer seeds, and the same com
 - validation loss: the training objective on held-out clips with their own fixed masks, noise and times, averaged weights;
 - MSE: of the latents of prediction (10 frames given), one sample of 10 Euler steps, over the generated cells;
 - GFLOPs: matrix products and attention of one clip, forward and backward; and the time of both for a batch of 8 clips,
-  the best of five, measured alone.
+  the best of five rounds in which all models take turns.
 
 The spread is the standard deviation over seeds. Further arguments `key.sub=value` go to the training configuration.
 """
@@ -19,15 +19,15 @@ The spread is the standard deviation over seeds. Further arguments `key.sub=valu
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, LatteTransformer3DModel
 from torch import Tensor, nn
-from transformer_speed import count_flops
+from transformer_speed import count_flops, seconds
 
 from stgen.accelerator import make_accelerator
 from stgen.config import load_config
@@ -93,8 +93,52 @@ class MaskedLatte(nn.Module):
         return (self.net(hidden, timestep, text, mask, return_dict=False)[0],)
 
 
-def build(name: str, config: TrainConfig, vae: VideoVAE, text_dim: int, fps: float) -> nn.Module:
-    return MaskedLatte(config, vae, text_dim) if name == LATTE else make_model(config, vae, text_dim, fps)
+class World:
+    """What all models share: data, VAE, texts, held-out clips with their own masks, noise and times."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        config = self.config(PATTERNS[0], 0)
+        self.vae = load_vae(config.vae).requires_grad_(False)
+        data = ClipDataset(config.data)
+        self.fps = float(data.rows[0]["fps"])
+        cache = arguments.out / "text.safetensors"
+        TextCache.build(cache, config.text_encoder, ["", *data.captions()], config.max_text_length)
+        self.text = TextCache(cache)
+        held_config = self.config(PATTERNS[0], 1234)
+        held_config.data.path = str(arguments.heldout)
+        self.held = ClipDataset(held_config.data, shuffle=False)
+        self.validation = self._held_inputs(held_config)
+        held_config.masks = [MaskSpec("predict", 1, {"given": config.data.num_frames // 2})]
+        self.prediction = self._held_inputs(held_config)
+
+    def config(self, name: str, seed: int) -> TrainConfig:
+        run = self.arguments.out / f"{name.split()[0]}-{seed}"
+        pattern = [] if name == LATTE else [f"model.pattern={name}"]
+        paths = [f"run={run}", f"vae={self.arguments.vae}", f"data.path={self.arguments.data}", f"seed={seed}"]
+        return load_config(TrainConfig, self.arguments.config, [*self.arguments.overrides, *paths, *pattern])
+
+    def model(self, name: str, config: TrainConfig) -> nn.Module:
+        if name == LATTE:
+            return MaskedLatte(config, self.vae, self.text.dim)
+        return make_model(config, self.vae, self.text.dim, self.fps)
+
+    def inputs(self, batch: dict[str, Any], config: TrainConfig) -> dict[str, Tensor]:
+        return model_inputs(batch, config, self.vae, self.text, torch.device("cpu"))
+
+    def _held_inputs(self, config: TrainConfig) -> list[dict[str, Tensor]]:
+        found = []
+        for first in range(0, self.arguments.clips, BATCH):
+            positions = list(range(first, min(first + BATCH, self.arguments.clips)))
+            items = [self.held[i] for i in positions]
+            batch = {
+                "video": torch.stack([item["video"] for item in items]),
+                "caption": [""] * len(items),
+                "fps": torch.tensor([float(item["fps"]) for item in items]),
+                "position": positions,
+            }
+            found.append(self.inputs(batch, config))
+        return found
 
 
 @torch.no_grad()
@@ -122,104 +166,67 @@ def predict_mse(model: nn.Module, config: TrainConfig, batches: list[dict[str, T
     return statistics.mean(errors)
 
 
-def cost(model: nn.Module, config: TrainConfig, inputs: dict[str, Tensor]) -> tuple[float, float]:
-    """GFLOPs of one clip and seconds of one step of `BATCH` clips, forward and backward; the best of five."""
+def run_one(world: World, name: str, seed: int) -> dict[str, float]:
+    config = world.config(name, seed)
+    run = Path(config.run)
+    if (run / "result.json").exists():
+        return json.loads((run / "result.json").read_text())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
+    torch.set_num_threads(world.arguments.threads)
+    begin_run(config)
+    model = world.model(name, config)
+    ema = fit(
+        accelerator,
+        config,
+        ClipDataset(config.data, config.seed),
+        model,
+        lambda net, batch, samples: denoising_losses(net, world.inputs(batch, config), config.flow),
+    )
+    ema.copy_to(model.parameters())
+    model.eval()
+    result = {
+        "validation_loss": validate(model, config, world.validation),
+        "prediction_mse": predict_mse(model, config, world.prediction),
+    }
+    (run / "result.json").write_text(json.dumps(result))
+    return result
 
-    def step(rows: dict[str, Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
+
+def costs(world: World, names: list[str], rounds: int = 5) -> dict[str, dict[str, float]]:
+    """Parameters, GFLOPs of one clip and seconds of a batch, forward and backward. All models take turns, and the best time
+    of each counts: other work on the machine then hurts all alike."""
+    inputs, found, steps = world.validation[0], {}, {}
+    for name in names:
+        config = world.config(name, 0)
+        model = world.model(name, config).train()
+
+        def step(rows: dict[str, Tensor], model: nn.Module = model, config: TrainConfig = config) -> Tensor:
             loss = denoising_losses(model, rows, config.flow)["loss"]
             loss.backward()
             model.zero_grad()
             return loss
 
-        return run
-
-    model.train()
-    flops = count_flops(step({name: value[:1] for name, value in inputs.items()}))
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        step(inputs)()
-        seconds.append(time.perf_counter() - begin)
-    return flops / 1e9, min(seconds)
+        one = {key: value[:1] for key, value in inputs.items()}
+        flops = count_flops(partial(step, one))
+        found[name] = {"parameters": sum(p.numel() for p in model.parameters()), "gflops": flops / 1e9}
+        steps[name] = partial(step, inputs)
+    times = [{name: seconds(step, "cpu") for name, step in steps.items()} for _ in range(rounds)]
+    return {name: {**cost, "seconds": min(row[name] for row in times)} for name, cost in found.items()}
 
 
-def run_one(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
-    run = arguments.out / f"{name.split()[0]}-{seed}"
-    if (run / "result.json").exists():
-        return json.loads((run / "result.json").read_text())
-    pattern = [] if name == LATTE else [f"model.pattern={name}"]
-    paths = [f"run={run}", f"vae={arguments.vae}", f"data.path={arguments.data}", f"seed={seed}"]
-    config = load_config(TrainConfig, arguments.config, [*arguments.overrides, *paths, *pattern])
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
-    torch.set_num_threads(arguments.threads)
-    data = ClipDataset(config.data, config.seed)
-    vae = load_vae(config.vae).requires_grad_(False)
-    held_config = load_config(
-        TrainConfig, arguments.config, [*arguments.overrides, *paths, "text_dropout=1", "seed=1234"]
-    )
-    held_config.data.path = str(arguments.heldout)
-    held = ClipDataset(held_config.data, shuffle=False)
-    begin_run(config)
-    cache = arguments.out / "text.safetensors"
-    TextCache.build(cache, config.text_encoder, ["", *data.captions()], config.max_text_length)
-    text = TextCache(cache)
-    model = build(name, config, vae, text.dim, float(data.rows[0]["fps"]))
-    began = time.perf_counter()
-    ema = fit(
-        accelerator,
-        config,
-        data,
-        model,
-        lambda net, batch, samples: denoising_losses(
-            net, model_inputs(batch, config, vae, text, accelerator.device), config.flow
-        ),
-    )
-    trained = time.perf_counter() - began
-    ema.copy_to(model.parameters())
-
-    def inputs(spec: list[MaskSpec]) -> list[dict[str, Tensor]]:
-        held_config.masks = spec
-        groups = [range(i, min(i + BATCH, arguments.clips)) for i in range(0, arguments.clips, BATCH)]
-        found = []
-        for group in groups:
-            items = [held[i] for i in group]
-            batch = {
-                "video": torch.stack([item["video"] for item in items]),
-                "caption": [""] * len(items),
-                "fps": torch.tensor([float(item["fps"]) for item in items]),
-                "position": list(group),
-            }
-            found.append(model_inputs(batch, held_config, vae, text, torch.device("cpu")))
-        return found
-
-    validation = inputs(config.masks)
-    model.eval()
-    half = config.data.num_frames // 2
-    result = {
-        "validation_loss": validate(model, config, validation),
-        "prediction_mse": predict_mse(model, config, inputs([MaskSpec("predict", 1, {"given": half})])),
-        "parameters": float(sum(p.numel() for p in model.parameters())),
-        "trained_seconds": trained,
-    }
-    result["gflops"], result["step_seconds"] = cost(model, config, validation[0])
-    (run / "result.json").write_text(json.dumps(result))
-    return result
-
-
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, list[dict[str, float]]], cost: dict[str, dict[str, float]]) -> str:
     def spread(rows: list[dict[str, float]], key: str) -> str:
         values = [row[key] for row in rows]
         return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
     lines = [
-        "| | seeds | parameters | GFLOPs | s a step | validation loss | MSE of prediction |",
+        "| | seeds | parameters | GFLOPs | s a batch | validation loss | MSE of prediction |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, rows in results.items():
-        step = min(row["step_seconds"] for row in rows)
-        fixed = f"{len(rows)} | {rows[0]['parameters'] / 1e6:.2f} M | {rows[0]['gflops']:.2f} | {step:.3f}"
+        of = cost[name]
+        fixed = f"{len(rows)} | {of['parameters'] / 1e6:.2f} M | {of['gflops']:.2f} | {of['seconds']:.3f}"
         lines.append(f"| {name} | {fixed} | {spread(rows, 'validation_loss')} | {spread(rows, 'prediction_mse')} |")
     return "\n".join(lines)
 
@@ -238,14 +245,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", default=[])
     arguments = parser.parse_intermixed_args()
     names = [name for name in (*PATTERNS, LATTE) if name.split()[0] in arguments.only.split(",")]
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    world = World(arguments)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for seed in range(arguments.seeds):
         for name in names:
-            results[name].append(run_one(name, seed, arguments))
+            results[name].append(run_one(world, name, seed))
             print(f"{name}, seed {seed}: {results[name][-1]}", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "table.md").write_text(table(results) + "\n")
-    print(table(results))
+    text = table(results, costs(world, names))
+    (arguments.out / "table.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
