@@ -5,6 +5,7 @@ import math
 from typing import Any, TypeAlias
 
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -13,9 +14,43 @@ from diffusers.schedulers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
 from stgen.config import require
+
+
+class RegressionScheduler(SchedulerMixin, ConfigMixin):
+    """One step without noise: the model's output is the result. For a transformer of `flow.objective=regression`.
+
+    Args:
+        num_train_timesteps: the timestep that the model was trained at, and is told.
+    """
+
+    order = 1
+    init_noise_sigma = 0.0
+    """What the pipeline multiplies its noise by."""
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self.timesteps = torch.tensor([float(num_train_timesteps)])
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Takes one step, and refuses others, which would change nothing.
+
+        Raises:
+            ValueError: another number of steps.
+        """
+        allowed = "1, since this model was trained to give its result at once"
+        require(num_inference_steps == 1, "num_inference_steps", num_inference_steps, allowed)
+        self.timesteps = torch.tensor([float(self.config.num_train_timesteps)], device=device)
+
+    def step(
+        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The result is `model_output`, whatever the sample."""
+        return SchedulerOutput(prev_sample=model_output) if return_dict else (model_output,)
+
 
 Scheduler: TypeAlias = (
     FlowMatchEulerDiscreteScheduler
@@ -24,6 +59,7 @@ Scheduler: TypeAlias = (
     | DPMSolverMultistepScheduler
     | DDIMScheduler
     | DDPMScheduler
+    | RegressionScheduler
 )
 """The schedulers that the tests run. A union of classes, since diffusers compares components with exact types."""
 
@@ -43,8 +79,9 @@ def set_timesteps(scheduler: Scheduler, num_inference_steps: int, device: torch.
         scheduler.set_timesteps(num_inference_steps, device=device)
         scheduler.register_to_config(**{name: before})
     else:
+        dynamic: Any = scheduler
         mu = shift if scheduler.config.time_shift_type == "linear" else math.log(shift)
-        scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
+        dynamic.set_timesteps(num_inference_steps, device=device, mu=mu)
     if hasattr(scheduler, "set_begin_index"):
         # Else the first step is looked up by its timestep, and where rounding made the first two equal, the second wins.
         scheduler.set_begin_index(0)

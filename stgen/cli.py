@@ -308,15 +308,35 @@ def evaluate(
     data: Annotated[str, typer.Option(help="shard folder of held-out clips")],
     out: Annotated[str, typer.Option(help="folder for the report and its pictures")],
     clips: Annotated[int, typer.Option(help="clips to evaluate")] = 64,
-    samples: Annotated[int, typer.Option(help="samples of each clip")] = 8,
+    samples: Annotated[int, typer.Option(help="samples of each clip: one, the best and the mean count")] = 8,
     steps: Annotated[int, typer.Option(help="sampling steps")] = 20,
+    guidance_scale: Annotated[float, typer.Option(help="of text-to-video")] = 4.0,
+    text_samples: Annotated[int, typer.Option(help="clips generated from each caption of Moving MNIST")] = 1,
     seed: Annotated[int, typer.Option()] = 0,
+    batch: Annotated[int, typer.Option(help="clips, each with all its samples, in one forward")] = 16,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    beside: Annotated[
+        Optional[list[str]],
+        typer.Option(help="another pipeline in the same tables, NAME=PIPELINE or NAME:PROTOCOL,...=PIPELINE"),
+    ] = None,
 ) -> None:
     """Measures a pipeline on clips it never saw, next to naive baselines."""
     from stgen.evaluation import evaluate as run
 
-    run(pipeline, data, out, clips=clips, samples=samples, steps=steps, seed=seed, device=device)
+    run(
+        pipeline,
+        data,
+        out,
+        clips=clips,
+        samples=samples,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        text_samples=text_samples,
+        seed=seed,
+        batch=batch,
+        device=device,
+        beside=beside or (),
+    )
     print((Path(out) / "report.md").read_text())
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from stgen import ddpm, flow
 from stgen.config import require
 from stgen.masks import generated_cells
+from stgen.pipelines.scheduling import RegressionScheduler
 
-OBJECTIVES = ("flow", "epsilon", "v_prediction")
+OBJECTIVES = ("flow", "epsilon", "v_prediction", "regression")
 DISTRIBUTIONS = ("logit_normal", "uniform", "mode")
 
 TRAIN_TIMESTEPS = 1000
@@ -28,7 +29,9 @@ class FlowConfig:
     """The objective, how noisy its inputs are, and how the noise levels weigh."""
 
     objective: str = "flow"
-    """`flow` predicts the velocity of rectified flow; `epsilon` and `v_prediction` are DDPM's, for the older weights."""
+    """`flow` predicts the velocity of rectified flow; `epsilon` and `v_prediction` are DDPM's, for the older weights.
+    `regression` predicts the clean latents at once and without noise, as deterministic video predictors do (PredFormer,
+    arXiv:2410.04733): a baseline for what follows from the given frames. Of the settings below it takes none."""
     distribution: str = "logit_normal"
     """Of the times in [0, 1]: `logit_normal`, `uniform` (as the older weights had it) or `mode` (arXiv:2403.03206)."""
     mean: float = 0.0
@@ -57,14 +60,17 @@ class FlowConfig:
         require(gamma is None or gamma > 0, "flow.min_snr_gamma", gamma, "above 0, or null for no weighting")
         # The discrete schedulers have no shift, so training with one would not be what sampling does.
         discrete = self.objective != "flow"
-        reason = f"with flow.objective={self.objective}, whose schedulers have no shift"
+        reason = f"with flow.objective={self.objective}, whose scheduler has no shift"
         require(not (discrete and self.shift != 1), "flow.shift", self.shift, f"1 {reason}")
         require(not (discrete and self.dynamic_shift), "flow.dynamic_shift", self.dynamic_shift, f"false {reason}")
         both = self.dynamic_shift and self.shift != 1
         require(not both, "flow.shift", self.shift, "1 with flow.dynamic_shift, which computes it")
+        unweighted = self.objective != "regression" or gamma is None
+        require(unweighted, "flow.min_snr_gamma", gamma, "null with flow.objective=regression, which has no noise")
         reason = {
             "flow": "whose last step is pure noise anyway",
             "epsilon": "since the noise of pure noise says nothing of the data; v_prediction takes it",
+            "regression": "which has no noise",
         }.get(self.objective, "")
         allowed = self.objective == "v_prediction" or not self.zero_terminal_snr
         name = "flow.zero_terminal_snr"
@@ -84,7 +90,7 @@ class FlowConfig:
         return flow.shift_time(time, shift)
 
 
-def make_scheduler(config: FlowConfig) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler:
+def make_scheduler(config: FlowConfig) -> FlowMatchEulerDiscreteScheduler | DDIMScheduler | RegressionScheduler:
     """The scheduler that samples from a model of this objective, and that holds the betas it is trained with.
 
     The betas are linear from 1e-4 to 0.02 over 1000 steps, those of Ho et al. (arXiv:2006.11239), which Open-Sora 1.0,
@@ -94,6 +100,8 @@ def make_scheduler(config: FlowConfig) -> FlowMatchEulerDiscreteScheduler | DDIM
         if config.dynamic_shift:
             return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="linear")
         return FlowMatchEulerDiscreteScheduler(shift=config.shift)
+    if config.objective == "regression":
+        return RegressionScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
     return DDIMScheduler(
         num_train_timesteps=TRAIN_TIMESTEPS,
         beta_start=1e-4,
@@ -132,6 +140,10 @@ def denoising_losses(
     if config.objective == "flow":
         noisy, target = flow.interpolant(x, noise, time), flow.velocity(x, noise)
         timestep, snr = TRAIN_TIMESTEPS * time, flow.flow_snr(time)
+    elif config.objective == "regression":
+        # The same place in the model's world as the first step of sampling, with the noise taken out.
+        noisy, target = torch.zeros_like(x), x
+        timestep, snr = torch.full_like(time, TRAIN_TIMESTEPS), torch.zeros_like(time)
     else:
         alphas_cumprod = make_scheduler(config).alphas_cumprod.to(x.device)
         timestep = (TRAIN_TIMESTEPS * time).long().clamp(max=TRAIN_TIMESTEPS - 1)

@@ -111,12 +111,13 @@ class TrainConfig(LoopConfig):
         require(self.max_text_length >= 1, "max_text_length", self.max_text_length, "1 or more")
         require(0 <= self.text_dropout <= 1, "text_dropout", self.text_dropout, "0 to 1")
         require(len(self.masks) > 0, "masks", self.masks, "at least one entry")
-        # Rectified flow is an ODE without a variance to learn; its schedulers take none.
+        # Rectified flow is an ODE without a variance to learn, and its schedulers take none; a regression has no steps.
+        objective = self.flow.objective
         require(
-            not (self.learn_sigma and self.flow.objective == "flow"),
+            not (self.learn_sigma and objective in ("flow", "regression")),
             "model.learn_sigma",
             self.learn_sigma,
-            "false with flow.objective=flow; epsilon and v_prediction have a variance to learn",
+            f"false with flow.objective={objective}; epsilon and v_prediction have a variance to learn",
         )
         no_labels = ("num_classes",)  # clips have captions
         require_arguments(STGenTransformer3DModel, self.model, "model", excluded=DERIVED + no_labels)

@@ -1,6 +1,8 @@
 """The one sampling loop under every scheduler of diffusers that it is meant for."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from stgen import STGenInpaintPipeline, STGenPipeline, STGenTransformer3DModel
 from stgen.flow import dynamic_shift, shift_time
 from stgen.masks import moving_box
 from stgen.models.latents import latent_shape
-from stgen.objective import FlowConfig, make_scheduler
+from stgen.objective import FlowConfig, denoising_losses, make_scheduler
 
 FLOW, SHIFTED, DYNAMIC = FlowConfig(), FlowConfig(shift=3.0), FlowConfig(dynamic_shift=True)
 EPSILON, V = FlowConfig(objective="epsilon"), FlowConfig(objective="v_prediction")
@@ -253,3 +255,53 @@ def test_dynamic_shift_takes_the_exponential_form_too(tiny_pipeline: STGenPipeli
     torch.testing.assert_close(*times)
     assert times[0][0] == pytest.approx(1)
     assert math.isfinite(times[0].sum())
+
+
+# --- Regression: one step without noise ---------------------------------------------------------------------------
+
+
+def test_a_regression_is_the_model_s_one_answer(tiny_pipeline: STGenPipeline, tmp_path: Path) -> None:
+    tiny_pipeline.scheduler = make_scheduler(FlowConfig(objective="regression"))
+    tiny_pipeline.save_pretrained(tmp_path)
+    code = (
+        "import sys, torch, numpy; torch.set_num_threads(1); from stgen import STGenPipeline; "
+        "p = STGenPipeline.from_pretrained(sys.argv[1]); "
+        "numpy.save(sys.argv[2], p('a 3', num_inference_steps=1, output_type='latent').frames)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(tmp_path / "latents.npy")], check=True)
+    asked: dict[str, torch.Tensor] = {}
+    tiny_pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.update(kwargs), with_kwargs=True
+    )
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        call = {"num_inference_steps": 1, "guidance_scale": 4.0, "output_type": "latent", "generator": generator}
+        latents = tiny_pipeline("a 3", **call).frames
+        torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "latents.npy")), latents, atol=1e-6, rtol=0)
+    assert not asked["hidden_states"].any()
+    assert asked["timestep"].tolist() == [1000, 1000]
+    with pytest.raises(ValueError, match="num_inference_steps is 2, allowed: 1"):
+        tiny_pipeline("a 3", num_inference_steps=2)
+
+
+def test_a_regression_learns_clean_latents_without_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 2, 4, 3, 2, 2, generator=generator)
+    mask = torch.ones(2, 1, 3, 2, 2)
+    mask[:, :, 0] = 0
+    seen = []
+
+    def model(noisy: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        seen.append((noisy, timestep))
+        return (x + 0.5 * (mask == 1) + 9 * (mask == 0),)
+
+    inputs = {"latents": x, "noise": noise, "time": torch.tensor([0.2, 0.7]), "condition_mask": mask}
+    inputs |= {"text": torch.zeros(2, 1, 4), "text_mask": torch.ones(2, 1, dtype=torch.bool)}
+    losses = denoising_losses(model, inputs, FlowConfig(objective="regression"))  # type: ignore[arg-type]
+    assert losses["loss"].item() == pytest.approx(0.25)
+    ((noisy, timestep),) = seen
+    assert not noisy.any()
+    assert timestep.tolist() == [1000, 1000]
+    for name, value in (("shift", 2.0), ("dynamic_shift", True), ("min_snr_gamma", 5.0), ("zero_terminal_snr", True)):
+        with pytest.raises(ValueError, match=f"flow.{name} is {value}.*regression"):
+            FlowConfig(objective="regression", **{name: value})

@@ -19,7 +19,7 @@ LAYERS = [
     {"masks", "flow", "video", "tables", "optimization", "jobs", "averaging", "footprint"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
-    {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},
+    {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning", "digits"},
     {"loop", "validation"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
     {"export", "plan"},

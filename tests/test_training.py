@@ -20,6 +20,7 @@ from stgen.config import load_config
 from stgen.data.moving_mnist import write_moving_mnist
 from stgen.evaluation import BASELINES, evaluate
 from stgen.generation import Request, generate
+from stgen.pipelines.scheduling import RegressionScheduler
 from stgen.train import TrainConfig, main, train
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,34 @@ def test_an_older_objective_exports_the_scheduler_that_fits(world: Path) -> None
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.scheduler.alphas_cumprod[-1] == 0
     assert np.isfinite(pipeline("a 3", num_inference_steps=2, output_type="np").frames).all()
+
+
+def test_a_regression_is_trained_and_has_one_answer(world: Path) -> None:
+    chosen = ["flow.objective=regression", "masks=[{kind: predict, args: {given: 10}}]", "text_dropout=1", "samples=8"]
+    command = arguments(world, "regression", *chosen)
+    train(load_config(TrainConfig, command[1], command[2:]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(1)
+    pipeline = STGenPipeline.from_pretrained(world / "regression" / "export")
+    assert type(pipeline.scheduler) is RegressionScheduler
+    one, two = (pipeline("", num_inference_steps=1, output_type="np").frames for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_patterns_and_latte_are_compared_at_toy_size(world: Path, tmp_path: Path) -> None:
+    paths = ["--data", world / "train", "--heldout", world / "heldout", "--vae", world / "vae" / "export"]
+    small = [x for x in arguments(world, "unused")[2:] if x.startswith(("model.", "text_encoder", "batch_size"))]
+    command = [sys.executable, "tests/bench/patterns.py", *paths, "--out", tmp_path, "--seeds", "2", "--clips", "4"]
+    command += ["--only", "st,Latte", "samples=8", *(x for x in small if "pattern" not in x)]
+    for _ in range(2):  # the second time everything is done
+        done = subprocess.run(list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    rows = (tmp_path / "table.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| st", "| Latte (diffusers)"]
+    assert all(row.count("±") == 2 and "nan" not in row for row in rows)
+    results = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/result.json"))]
+    assert len(results) == 4
+    assert len({result["validation_loss"] for result in results}) == 4
 
 
 @pytest.mark.parametrize("strategy", ["ddp_cpu", "zero2_cpu"])
@@ -195,15 +224,19 @@ def test_bad_configuration_is_one_line(world: Path, override: str, message: str,
 def test_the_trained_folder_is_evaluated_and_used(world: Path, reference: dict[int, float], tmp_path: Path) -> None:
     """The demo's last step at toy size: all protocols, all pictures."""
     export = str(world / "one" / "export")
-    scores = evaluate(export, str(world / "heldout"), str(tmp_path), clips=2, samples=2, steps=2, batch=2)
+    result = evaluate(export, str(world / "heldout"), str(tmp_path), clips=2, samples=2, steps=2, batch=2)
+    scores = result.scores
     assert set(scores) == {"prediction", "interpolation", "inpainting"}
     for rows in scores.values():
         assert set(BASELINES) < set(rows)
         assert all(score.mse >= 0 for score in rows.values())
+    assert result.reading["true clips (ceiling)"].digits == 1
     for name in (
         "report.md",
         "report.json",
         "contact_sheet.png",
+        "per_frame.png",
+        "interpolation.png",
         "prediction.mp4",
         "inpainting.gif",
         "text-to-video.mp4",

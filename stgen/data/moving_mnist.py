@@ -8,6 +8,7 @@ elastically off the walls, and overlap by the maximum. The digits are the 5,000 
 
 import importlib.util
 import io
+import re
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tqdm import tqdm
 
 from stgen.config import require
 from stgen.data.shards import INDEX, ShardWriter, read_index
+
+Floats = NDArray[np.float64]
 
 CANVAS, DIGIT, STEP, FRAMES, FPS = 64, 28, 0.1, 20, 10
 SPLITS = ("train", "heldout")
@@ -41,6 +44,12 @@ PHRASES = (
     "the number {name} going {direction}",
 )
 JOINERS = (" and ", ", ", " while ")
+# Longer directions first, or "down right" would be read as "down".
+PHRASE = re.compile(
+    rf"\b(\d|{'|'.join(NAMES)}) (?:moving|moves|drifting|going) ({'|'.join(sorted(DIRECTIONS, key=len, reverse=True))})\b"
+)
+SOURCE = "moving-mnist"
+"""How the source of these clips begins in an index."""
 
 
 @cache
@@ -57,17 +66,54 @@ def load_digits(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return table[:, :-1].astype(np.uint8).reshape(-1, DIGIT, DIGIT), table[:, -1]
 
 
-def trajectory(rng: np.random.Generator) -> NDArray[np.float64]:
+def bounce(position: Floats, step: Floats) -> tuple[Floats, Floats]:
+    """One frame's motion between walls at 0 and 1: the next position and the next step, of any shape."""
+    position = position + step
+    return position.clip(0, 1), np.where((position <= 0) | (position >= 1), -step, step)
+
+
+def trajectory(rng: np.random.Generator) -> Floats:
     """Positions in the unit square, `t 2` as (y, x), of one digit bouncing off the walls."""
     position, angle = rng.random(2), rng.random() * 2 * np.pi
     step = STEP * np.array([np.sin(angle), np.cos(angle)])
     path = np.empty((FRAMES, 2))
     for i in range(FRAMES):
-        position = position + step
-        step = np.where((position <= 0) | (position >= 1), -step, step)
-        position = position.clip(0, 1)
+        position, step = bounce(position, step)
         path[i] = position
     return path
+
+
+def first_direction(path: Floats) -> str:
+    """The direction of a path's first step, as captions have it: the nearest of the eight.
+
+    Args:
+        path: `t 2` as (y, x), two or more positions.
+    """
+    dy, dx = path[1] - path[0]
+    return DIRECTIONS[round(np.arctan2(dy, dx) / (np.pi / 4)) % len(DIRECTIONS)]
+
+
+def parse_caption(caption: str) -> list[tuple[int, str]]:
+    """The digits of a caption with their directions, in its order: the inverse of `PHRASES`."""
+    return [
+        (int(digit) if digit.isdigit() else NAMES.index(digit), direction)
+        for digit, direction in PHRASE.findall(caption)
+    ]
+
+
+def draw_scene(
+    split: str, seed: int, index: int, digits: int
+) -> tuple[list[tuple[NDArray[np.uint8], int, Floats]], str]:
+    """What one clip shows, a pure function of the arguments: its digits (image, label, path) and its caption."""
+    images, labels = load_digits(split)
+    rng = np.random.default_rng([SPLITS.index(split), seed, index])
+    chosen, shown, phrases = rng.integers(len(images), size=digits), [], []
+    for which in chosen:
+        path, label = trajectory(rng), int(labels[which])
+        shown.append((images[which], label, path))
+        phrase = PHRASES[rng.integers(len(PHRASES))]
+        phrases.append(phrase.format(digit=label, name=NAMES[label], direction=first_direction(path)))
+    return shown, str(JOINERS[rng.integers(len(JOINERS))]).join(phrases)
 
 
 def make_clip(split: str, seed: int, index: int, size: int = 64, digits: int = 2) -> tuple[NDArray[np.uint8], str]:
@@ -75,21 +121,12 @@ def make_clip(split: str, seed: int, index: int, size: int = 64, digits: int = 2
 
     Size 32 is the same clip as size 64, averaged over 2x2 pixels.
     """
-    images, labels = load_digits(split)
-    rng = np.random.default_rng([SPLITS.index(split), seed, index])
+    shown, caption = draw_scene(split, seed, index, digits)
     canvas = np.zeros((FRAMES, CANVAS, CANVAS), np.uint8)
-    chosen, phrases = rng.integers(len(images), size=digits), []
-    for which in chosen:
-        path = trajectory(rng)
+    for image, _, path in shown:
         for frame, (y, x) in zip(canvas, ((CANVAS - DIGIT) * path).astype(int), strict=True):
             window = frame[y : y + DIGIT, x : x + DIGIT]
-            np.maximum(window, images[which], out=window)
-        dy, dx = path[1] - path[0]
-        direction = DIRECTIONS[round(np.arctan2(dy, dx) / (np.pi / 4)) % 8]
-        label = int(labels[which])
-        phrase = PHRASES[rng.integers(len(PHRASES))]
-        phrases.append(phrase.format(digit=label, name=NAMES[label], direction=direction))
-    caption = str(JOINERS[rng.integers(len(JOINERS))]).join(phrases)
+            np.maximum(window, image, out=window)
     k = CANVAS // size
     clip = canvas.reshape(FRAMES, size, k, size, k).mean(axis=(2, 4)).round().astype(np.uint8)
     return clip[..., None], caption
@@ -107,7 +144,7 @@ def write_moving_mnist(
     require(split in SPLITS, "split", split, " or ".join(SPLITS))
     require(size in SIZES, "size", size, " or ".join(map(str, SIZES)))
     require(digits >= 1, "digits", digits, "1 or more")
-    source = f"moving-mnist split={split} seed={seed} size={size} digits={digits}"
+    source = f"{SOURCE} split={split} seed={seed} size={size} digits={digits}"
     if (Path(out) / INDEX).exists():
         rows = read_index(out)
         if len(rows) == clips and rows[0]["source"] == source:
