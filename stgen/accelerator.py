@@ -75,6 +75,8 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
     if in_force == DistributedType.DEEPSPEED:
+        # Under ZeRO-3 transformers would split a text encoder over all processes, which one alone loads: it would hang.
+        accelerator.state.deepspeed_plugin.dschf = None
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": batch_size,
             "train_batch_size": batch_size * accumulate * world_size,
