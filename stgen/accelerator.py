@@ -4,7 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -12,14 +12,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DistributedType
-from diffusers import ModelMixin
+from accelerate.utils import DistributedType, gather_object
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from stgen.averaging import is_zero3, local_part, whole
 from stgen.tracking import JsonlTracker
 
-ModelT = TypeVar("ModelT", bound=ModelMixin)
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm: float) -> Accelerator:
@@ -122,17 +123,53 @@ class StopRequests:
             signal.signal(number, handler)
 
 
-def full_model(model: ModelT) -> ModelT:
-    """The model with all of its weights on this process, to be run and saved: itself if it has them, else a copy.
+@contextmanager
+def full_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Within, `model` has all of its weights on this process, to be read and saved. All processes enter it.
 
-    Under ZeRO-3 and FSDP2 a process has a part of each weight, and its forward pass is that of all processes together. The
-    copy takes the memory of the weights on every process. All processes call it.
+    Under ZeRO-3 and FSDP2, where a process has a part of each, it has copies in their place: what is written to them is lost
+    at the end. A forward pass is that of all processes together, and not for within.
     """
-    if not any(is_zero3(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model
-    full = type(model).from_config(model.config)
-    full.load_state_dict({name: whole(local_part(t), t) for name, t in model.state_dict(keep_vars=True).items()})
-    return full.to(next(model.parameters()).device).train(model.training)
+    split = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (is_zero3(parameter) or isinstance(parameter, DTensor))
+    ]
+    for place, name, parameter in split:
+        place[name] = torch.nn.Parameter(whole(local_part(parameter), parameter), parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for place, name, parameter in split:
+            place[name] = parameter
+
+
+def set_batch(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:
+    """What follows is trained on batches of this size; the next forward is the first of an optimizer step."""
+    accelerator.step = 0
+    accelerator.gradient_accumulation_steps = accumulate
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        engine.set_train_micro_batch_size(batch_size)
+        engine.set_train_batch_size(batch_size * accumulate * accelerator.num_processes)
+
+
+def share_out(
+    accelerator: Accelerator, items: Sequence[Item], work: Callable[[Item], Result], label: str
+) -> list[Result]:
+    """`[work(item) for item in items]` on every process, each item worked on by one of them. All processes call it.
+
+    None waits long, and all make equally many calls, some of them twice: the forwards of a model that is split over the
+    processes (ZeRO-3) take all of them.
+    """
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    found: list[tuple[int, Result]] = []
+    for first in tqdm(range(0, len(items), ranks), label, leave=False, disable=rank > 0):
+        i = min(first + rank, len(items) - 1)
+        found.append((i, work(items[i])))
+    results = dict(gather_object(found))
+    return [results[i] for i in range(len(items))]
 
 
 @contextmanager

@@ -8,36 +8,24 @@ The out folder is the whole state of a job, so that whatever dies, the same comm
     .asked.jsonl    the requests, with the pipeline's digest, written before anything runs
     .lock           held while a job runs
 
-Ray restarts a worker that dies and gives it its request again. The work is plain actors and not Ray Data, since the
-failure of one request is a result here: Ray Data (2.60), with its retries limited, drops the row of a request that
-kills its worker with nothing but a line in the log.
+Work runs on the actors of `stgen.jobs`.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import logging
-import math
 import os
-import secrets
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stgen.config import require
 from stgen.generation import Request, component_names, generate, parse_requests, saved_pipeline
+from stgen.jobs import Pool, only_job
 from stgen.pipelines import STGenPipeline
 from stgen.tracking import progress_bar
 from stgen.video import write_video
-
-_TRIES = 3
-"""A request whose worker dies this often has failed: it may be what kills it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +74,14 @@ def run_batch(
             videos of other requests or another pipeline. Nothing has run then.
         RuntimeError: a worker can't load the pipeline. What was finished before is kept.
     """
-    require(actors >= 1, "actors", actors, "1 or more")
-    require(0 <= gpus_per_actor <= 1, "gpus_per_actor", gpus_per_actor, "0 to 1")
-    require(0 < cpus_per_actor < math.inf, "cpus_per_actor", cpus_per_actor, "more than 0")
-    if address is None and gpus_per_actor > 0:
-        fitting = torch.cuda.device_count() * int(1 / gpus_per_actor)
-        require(actors <= fitting, "actors", actors, f"{fitting} or fewer, as fit on this machine's GPUs")
+    pool = Pool(address, actors, gpus_per_actor, cpus_per_actor)
     folder, out = saved_pipeline(pipeline), Path(out).absolute()
     wanted = parse_requests(requests)
     require(not out.exists() or out.is_dir(), "out", str(out), "a folder, or nothing yet")
     own = out / "results.jsonl"
     require(Path(requests).resolve() != own.resolve(), "requests", str(requests), f"any but the job's own {own}")
     out.mkdir(parents=True, exist_ok=True)
-    with _only_job(out):
+    with only_job(out):
         _claim(out, wanted, _digest(folder))
         _remove_torn(out)
         earlier = {row["id"]: Result(**row) for row in _read_rows(out / "results.jsonl") if row["status"] == "done"}
@@ -110,9 +93,10 @@ def run_batch(
             with (
                 progress_bar(len(wanted), len(results), True, "batch") as bar,
                 (out / "results.jsonl").open("a") as file,
-                _ray(address, math.ceil(actors * cpus_per_actor), gpus_per_actor > 0),
+                pool.start(),
             ):
-                for result in _run(folder, out, todo, actors, gpus_per_actor, cpus_per_actor):
+                for request, done, failure in pool.map(_Worker, (folder, out, pool.device), todo, str(folder)):
+                    result = done or Result(request.id, "failed", error=failure)
                     results[result.id] = result
                     file.write(json.dumps(dataclasses.asdict(result)) + "\n")
                     file.flush()
@@ -140,17 +124,6 @@ def _remove_torn(out: Path) -> None:
 
 def _done(request: Request, seconds: float | None = None) -> Result:
     return Result(request.id, "done", path=f"{request.id}.mp4", seconds=seconds)
-
-
-@contextmanager
-def _only_job(out: Path) -> Iterator[None]:
-    """Refuses a second job in the same folder; the lock ends with this process, however it ends."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out is {str(out)!r}, allowed: a folder that no other job is writing to") from error
-        yield
 
 
 def _claim(out: Path, wanted: list[Request], digest: str) -> None:
@@ -208,36 +181,7 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-# --- Ray ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _ray(address: str | None, cpus: int, gpus: bool) -> Iterator[None]:
-    """Ray while the block runs: of this process alone, or the cluster at `address`."""
-    try:
-        import ray
-    except ImportError as error:
-        raise ValueError("batch jobs need Ray: pip install 'stgen[ray]'") from error
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        # Ray listens on the network and by default demands a token, which it would write to ~/.ray/auth_token, where
-        # later clusters of the user find it. A token of this process serves as well and leaves nothing behind.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # CPUs are what the job asks for, so that no worker waits; the object store carries nothing but table rows.
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            num_gpus=torch.cuda.device_count() if gpus else 0,
-            object_store_memory=100 * 2**20,
-            include_dashboard=False,
-            **quiet,
-        )
-    else:
-        ray.init(address=address, **quiet)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+# --- Work ---------------------------------------------------------------------------------------------------------
 
 
 class _Worker:
@@ -258,49 +202,3 @@ class _Worker:
         start = time.perf_counter()
         write_video(path, generate(self.pipeline, request), request.fps)
         return _done(request, seconds=round(time.perf_counter() - start, 3))
-
-
-def _run(
-    pipeline: Path, out: Path, todo: list[Request], actors: int, gpus_per_actor: float, cpus_per_actor: float
-) -> Iterator[Result]:
-    """Results as they come in. A worker has one request at a time, so that its death concerns no other."""
-    import ray
-    from ray.exceptions import ActorDiedError, RayError, RayTaskError
-
-    kind: Any = ray.remote(_Worker).options(
-        num_gpus=gpus_per_actor, num_cpus=cpus_per_actor, max_restarts=-1, max_task_retries=_TRIES - 1
-    )
-    running: dict[Any, tuple[Any, Request | None]] = {}
-
-    def start_worker() -> None:
-        # One that a busy cluster has no room for yet is given no request, or the job would wait for it at the end.
-        worker = kind.remote(pipeline, out, "cuda" if gpus_per_actor > 0 else "cpu")
-        running[worker.ready.remote()] = (worker, None)
-
-    for _ in range(min(actors, len(todo))):
-        start_worker()
-    queue, left = deque(todo), len(todo)
-    while left:
-        (ref,), _ = ray.wait(list(running))
-        worker, request = running.pop(ref)
-        result, failure, usable = None, "", True
-        try:
-            result = ray.get(ref)
-        except ActorDiedError as error:
-            raise RuntimeError(f"a worker can't load {pipeline}: {error}") from error
-        except RayTaskError as error:
-            cause = getattr(error, "cause", error)
-            failure = " ".join(f"{type(cause).__name__}: {cause}".split())
-            # Another error than our refusals may be a fault of the GPU, after which nothing works in that process.
-            usable = isinstance(cause, ValueError)
-        except RayError:
-            failure = f"its worker died {_TRIES} times"
-        if request is not None:
-            left -= 1
-            yield result or Result(request.id, "failed", error=failure)
-        if not usable:
-            ray.kill(worker)
-            start_worker()
-        elif queue:
-            request = queue.popleft()
-            running[worker.run.remote(request)] = (worker, request)

@@ -68,6 +68,51 @@ def index(shards: Annotated[Path, typer.Option(help="folder of WebDataset tars, 
     write_index(shards)
 
 
+@data.command("encode")
+def encode(
+    data: Annotated[Path, typer.Option(help="folder of shards")],
+    vae: Annotated[str, typer.Option(help="saved VAE folder, of any class that the pipeline takes")],
+    out: Annotated[Path, typer.Option(help="folder to write")],
+    text_encoder: Annotated[
+        Optional[str], typer.Option(help="stores text states too; as the training names it")
+    ] = None,
+    max_text_length: Annotated[int, typer.Option(help="tokens of a caption, as in training")] = 128,
+    dtype: Annotated[str, typer.Option(help="of what is stored: float16, bfloat16 or float32")] = "float16",
+    drop_pixels: Annotated[bool, typer.Option(help="leave the clips out; few masks need none")] = False,
+    batch_size: Annotated[int, typer.Option(help="clips of one shape encoded together")] = 8,
+    device: Annotated[str, typer.Option(help="cpu or cuda, without actors")] = "cpu",
+    actors: Annotated[Optional[int], typer.Option(help="Ray workers; none encodes in this process")] = None,
+    address: Annotated[Optional[str], typer.Option(help="Ray cluster to join; none runs a local Ray")] = None,
+    gpus_per_actor: Annotated[float, typer.Option()] = 0,
+    cpus_per_actor: Annotated[float, typer.Option()] = 1,
+) -> None:
+    """Stores latents and text states with the clips, for training; the same command resumes."""
+    from stgen.encoding import encode_clips
+    from stgen.jobs import Pool
+
+    pool = None
+    if actors is not None or address is not None:
+        pool = Pool(address, 1 if actors is None else actors, gpus_per_actor, cpus_per_actor)
+    encode_clips(data, vae, out, text_encoder, max_text_length, dtype, drop_pixels, batch_size, device, pool)
+    print(out)
+
+
+@app.command("shrink-text-encoder")
+def shrink_text_encoder(
+    data: Annotated[str, typer.Option(help="shard folder whose captions say which words are kept")],
+    out: Annotated[str, typer.Option(help="folder to write")],
+    source: Annotated[str, typer.Option("--from", help="a BERT, by folder or name")] = "all-MiniLM-L6-v2",
+    layers: Annotated[int, typer.Option(help="first layers that are kept")] = 2,
+    max_length: Annotated[int, typer.Option(help="most tokens of a text")] = 64,
+) -> None:
+    """Saves a small text encoder: the first layers of a BERT and the words of your captions."""
+    from stgen.data.shards import read_index
+    from stgen.text import shrink_text_encoder as run
+
+    run(source, (row["caption"] for row in read_index(data)), layers, max_length, out)
+    print(out)
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Option("--from", help="open-sora-1.0, open-sora-1.1, open-sora-1.2, vdt or latte")],

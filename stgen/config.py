@@ -7,7 +7,7 @@ scattered in the code. The resolved configuration is saved in the run folder, an
 
 import argparse
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,14 +48,34 @@ def load_config(schema: type[ConfigT], path: str | Path | None = None, overrides
         raise ValueError(f"config: {path}: {error}") from error
 
 
+def override(config: ConfigT, values: Mapping[str, Any], name: str) -> ConfigT:
+    """A copy of `config` with nested `values` in place of its own, checked as a whole. Lists are replaced, not joined.
+
+    Args:
+        name: what the refusal calls the values.
+
+    Raises:
+        ValueError: a key is unknown, or a value has the wrong type or range.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config), values))  # type: ignore[return-value]
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def under(key: str, names: Iterable[str]) -> bool:
+    """Whether a key of `flatten_config` is one of `names` or a part of it: `masks[0].kind` is a part of `masks`."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in names)
+
+
 def save_config(config: object, path: str | Path) -> None:
     """Writes the resolved configuration, every field spelled out, as YAML."""
     write_durably(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def flatten_config(config: object) -> dict[str, Any]:
-    """A configuration, or the YAML file of one, as `{"data.path": ..., "masks[0].kind": ...}`."""
-    loaded = OmegaConf.load(config) if isinstance(config, Path) else OmegaConf.structured(config)
+def flatten_config(config: Any) -> dict[str, Any]:
+    """A configuration, a mapping, or the YAML file of one, as `{"data.path": ..., "masks[0].kind": ...}`."""
+    loaded = OmegaConf.load(config) if isinstance(config, Path) else OmegaConf.create(config)
 
     def walk(value: Any, key: str) -> dict[str, Any]:
         if isinstance(value, dict) and value:

@@ -1,19 +1,20 @@
 """The training loop of both trainers: resume, step, average, log, save."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
-from stgen.accelerator import PREEMPTED, StopRequests
+from stgen.accelerator import PREEMPTED, StopRequests, set_batch
 from stgen.averaging import AveragedWeights
 from stgen.checkpoint import best_score, check_global_batch, checkpoints, resume, save_checkpoint, share_weights
-from stgen.config import flatten_config, require, save_config
+from stgen.config import flatten_config, require, save_config, under
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader
 from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
 from stgen.tracking import LossLog, progress_bar
@@ -50,9 +51,12 @@ class LoopConfig:
 MAY_CHANGE = (
     *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
     *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips"),
-    *("validation", "validation.path", "validation.clips", "validation.every", "validation.network"),
+    "validation",
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
+
+ARCHITECTURE = "architecture"
+"""Folder in the run folder with the config.json of the model in training, from which `stgen export` makes it again."""
 
 
 def begin_run(config: LoopConfig) -> None:
@@ -65,17 +69,49 @@ def begin_run(config: LoopConfig) -> None:
     if checkpoints(run):
         before, now = flatten_config(run / "config.yaml"), flatten_config(config)
         for key in sorted(before.keys() | now.keys()):
-            if key.split("[")[0] not in MAY_CHANGE:
+            if not under(key, MAY_CHANGE):
                 changed = f"{before.get(key)!r}, with which {run} was begun; another run folder takes another value"
                 require(before.get(key) == now.get(key), key, now.get(key), changed)
     run.mkdir(parents=True, exist_ok=True)
     save_config(config, run / "config.yaml")
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run with settings of its own."""
+
+    config: LoopConfig
+    """They; `samples` is where it ends, counted from the run's begin."""
+    dataset: ClipDataset
+    """Its clips, from its own position 0 on."""
+    begin: int = 0
+    """Clips that the run saw before it."""
+    frozen: Sequence[torch.nn.Parameter] = ()
+    """Parameters that train in other stages but not in this one: neither they nor their optimizer states change."""
+
+
+def stage_at(stages: Sequence[Stage], samples: int) -> int:
+    """The number of the stage that the clip at this position of the run belongs to; the last one has no end."""
+    return next((i for i, stage in enumerate(stages) if samples < stage.config.samples), len(stages) - 1)
+
+
+def check_stages(stages: Sequence[Stage], accelerator: Accelerator) -> None:
+    """Raises `ValueError` for what would stop the run in the middle of it."""
+    for i, stage in enumerate(stages):
+        global_batch = stage.config.batch_size * accelerator.num_processes * stage.config.accumulate
+        length, last = stage.config.samples - stage.begin, i == len(stages) - 1
+        allowed = f"a multiple of the {global_batch} clips of its optimizer steps"
+        require(last or length % global_batch == 0, f"stages[{i}].samples", length, allowed)
+        split = accelerator.distributed_type == DistributedType.DEEPSPEED
+        allowed = "the same in all stages under DeepSpeed, whose flat gradients leave none out"
+        require(not (split and stage.frozen), f"stages[{i}].frozen", f"{len(stage.frozen)} more parameters", allowed)
+        clip_loader(stage.dataset, 0, stage.config.batch_size, workers=0)  # reads nothing, but refuses mixed batches
+
+
 def fit(
     accelerator: Accelerator,
     config: LoopConfig,
-    dataset: ClipDataset,
+    stages: Sequence[Stage],
     model: torch.nn.Module,
     compute_losses: Callable[[torch.nn.Module, dict[str, Any], int], dict[str, Tensor]],
     after_backward: Callable[[int], dict[str, Tensor]] = lambda samples: {},
@@ -84,6 +120,8 @@ def fit(
     """Trains `model` to `config.samples` clips, from the newest checkpoint of the run if there is one.
 
     Args:
+        stages: one after the other, the last of which ends with the run. The learning rate's schedule is one over the whole
+            run; of a stage it takes the height.
         model: the plain module; it ends with the last weights.
         compute_losses: from the model as Accelerate wrapped it, a batch of clips, and the clips seen before this
             optimizer step, to named scalars; `loss` is minimised, the others are logged beside it.
@@ -106,21 +144,26 @@ def fit(
 
     progress = resume(accelerator, run)
     step, samples, best = progress.step, progress.samples, best_score(run)
-    global_batch = config.batch_size * accelerator.num_processes * config.accumulate
-    check_global_batch(samples, global_batch)
-    batches = clip_loader(
-        dataset, samples, config.batch_size, config.data.workers, accelerator.process_index, accelerator.num_processes
-    )
+    rank, ranks, entered = accelerator.process_index, accelerator.num_processes, None
     bar = progress_bar(config.samples, samples, accelerator.is_main_process, run.name)
     stop = StopRequests(accelerator)
     while samples < config.samples:
+        number = stage_at(stages, samples)
+        stage, now = stages[number], stages[number].config
+        if number != entered:
+            entered, position, global_batch = number, samples - stage.begin, now.batch_size * ranks * now.accumulate
+            check_global_batch(position, global_batch)
+            set_batch(accelerator, now.batch_size, now.accumulate)
+            batches = clip_loader(stage.dataset, position, now.batch_size, now.data.workers, rank, ranks)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, samples, config.samples)
-        for _ in range(config.accumulate):
+            group["lr"] = learning_rate(now.optimizer, samples, config.samples)
+        for _ in range(now.accumulate):
             with accelerator.accumulate(wrapped):
                 losses = compute_losses(wrapped, next(batches), samples)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
+                    for parameter in stage.frozen:
+                        parameter.grad = None
                     accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -130,8 +173,10 @@ def fit(
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
             values = log.take()
-            accelerator.log({**values, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
-            bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+            place = {"samples": samples, "stage": number} if len(stages) > 1 else {"samples": samples}
+            accelerator.log({**values, **place, "lr": optimizer.param_groups[0]["lr"]}, step)
+            shown = {**values, "stage": number} if len(stages) > 1 else values
+            bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
         score = after_step(averaged, step, samples)
         better, stopping = score is not None and score < best, stop.any()
         if step % config.checkpoint_every == 0 or samples >= config.samples or better or stopping:

@@ -487,3 +487,27 @@ def fold_mask(mask: Tensor, temporal_factor: int, spatial_factor: int) -> Tensor
 def generated_cells(folded: Tensor) -> Tensor:
     """Which latent cells hold anything to generate: `b p t h w` -> bool `b 1 t h w`."""
     return folded.amax(dim=1, keepdim=True) > 0
+
+
+def given_latents_are_exact(mask: Tensor, temporal_factor: int, reach: str) -> Tensor:
+    """Of which clips the latents of the given cells are the same, whether the hidden pixels are hidden or not.
+
+    Then those of the whole clip condition the model without a leak: where whole latent frames from the beginning are
+    given and all others wholly hidden, a causal VAE has not yet seen a hidden pixel when it makes the last given latent.
+    With a VAE of frames, any choice of whole frames will do.
+
+    Args:
+        mask: `b 1 t h w` in pixels.
+        reach: which frames a latent depends on: `frame`, `past` or `clip`, see `stgen.models.latents.temporal_reach`.
+    Returns:
+        bool `b`. A clip of which nothing is given is among them.
+    """
+    frames = mask.flatten(3)
+    given, hidden = frames.amax((1, 3)) == 0, frames.amin((1, 3)) == 1
+    if reach == "frame":
+        return (given | hidden).all(1)
+    count = given.sum(1)
+    latent_ends = (count == 0) | ((count - 1) % temporal_factor == 0)
+    prefix = torch.arange(given.shape[1], device=mask.device) < count[:, None]
+    exact = (given == prefix).all(1) & (given | hidden).all(1) & latent_ends
+    return exact if reach == "past" else exact & (count == 0)

@@ -44,7 +44,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.opt
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2))
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2))
 
 
 def learning_rate(config: OptimizerConfig, samples: int, total: int) -> float:

@@ -7,26 +7,24 @@ and export/, a diffusers folder of the averaged (EMA) weights with the latents' 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
-from stgen.accelerator import full_model, make_accelerator, stop_on_value_error
+from stgen.accelerator import full_weights, make_accelerator, share_out, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
-from stgen.loop import LoopConfig, begin_run, fit
+from stgen.loop import ARCHITECTURE, LoopConfig, Stage, begin_run, check_stages, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.inflation import inflate
 from stgen.models.latents import latent_shape, load_vae
+from stgen.models.loading import load_every_tensor
 from stgen.models.perceptual import NETWORKS, PerceptualDistance
 from stgen.reconstruction import measure, reconstruction_sheet
 from stgen.vae_objective import (
@@ -187,11 +185,7 @@ def make_vae(config: TrainVAEConfig) -> AutoencoderKLSTGen:
         return inflate(given, **config.model)
     require(isinstance(given, AutoencoderKLSTGen), "init", config.init, allowed)
     vae = AutoencoderKLSTGen(**config.model)
-    own, other = vae.state_dict(), given.state_dict()
-    for name in sorted(own.keys() | other.keys()):
-        shapes = [tuple(weights[name].shape) if name in weights else "no such weight" for weights in (other, own)]
-        require(shapes[0] == shapes[1], f"init: {name} of {config.init}", shapes[0], f"{shapes[1]}, as in this model")
-    vae.load_state_dict(other)
+    load_every_tensor(vae, given.state_dict(), f"init: {config.init}")
     return vae
 
 
@@ -203,14 +197,14 @@ def measure_latents(
 
     Every cell counts once, so of clips of several shapes the longer and larger ones count for more.
     """
-    z = vae.config.latent_channels
-    sums = torch.zeros(3, z, dtype=torch.float64)  # of values, of squares, and how many
-    mine = range(accelerator.process_index, clips, accelerator.num_processes)
-    for position in tqdm(mine, "latent statistics", disable=not accelerator.is_main_process):
+
+    def sums(position: int) -> Tensor:
+        """`3 z`: of values, of squares, and how many."""
         video = to_pixels(dataset[position]["video"])[None].to(accelerator.device, vae.dtype)
         latents = vae.encode(video).latent_dist.mode().double().cpu().transpose(0, 1).flatten(1)
-        sums += torch.stack([latents.sum(1), latents.square().sum(1), torch.full((z,), latents.shape[1])])
-    total, squares, count = accelerator.reduce(sums.to(accelerator.device)).cpu()
+        return torch.stack([latents.sum(1), latents.square().sum(1), torch.ones_like(latents).sum(1)])
+
+    total, squares, count = torch.stack(share_out(accelerator, range(clips), sums, "latent statistics")).sum(0)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     # A channel that never changes has nothing to scale; dividing by 0 would make it NaN.
@@ -238,25 +232,20 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> float:
-        """Every rank calls it and does its share, so that none waits long; the scores depend on the weights alone.
+        """Every rank calls it and does its share; the scores depend on the weights alone. Returns the perceptual distance."""
 
-        Returns:
-            Minus the PSNR in dB, which tells checkpoints apart: lower is better.
-        """
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        scores = []
-        for i in tqdm(range(rank, self.clips, ranks), "validation", leave=False, disable=rank > 0):
+        def score(i: int) -> dict[str, float | None]:
             truth = self._truth(i)
-            scores.append((i, measure(self._reconstruct(vae, truth), truth, self.distance)))
-        found = [vars(score) for _, score in sorted(gather_object(scores), key=itemgetter(0))]
+            return vars(measure(self._reconstruct(vae, truth), truth, self.distance))
+
+        found = share_out(self.accelerator, range(self.clips), score, "validation")
         # Among videos there may be images, which have no temporal difference.
         values = {name: [score[name] for score in found if score[name] is not None] for name in self.MEASURES}
         means = {f"validation/{name}": sum(some) / len(some) for name, some in values.items() if some}
         self.accelerator.log({**means, "samples": samples}, step)
-        if self.accelerator.is_main_process:
-            self._draw(vae, step)
+        self._draw(vae, step)
         self.accelerator.wait_for_everyone()
-        return -means["validation/psnr"]
+        return means["validation/perceptual_distance"]
 
     def _truth(self, i: int) -> Tensor:
         return to_pixels(self.dataset[i]["video"])[None].to(self.accelerator.device)
@@ -265,14 +254,39 @@ class Validator:
         return vae(truth.to(vae.dtype)).sample.float()
 
     def _draw(self, vae: AutoencoderKLSTGen, step: int) -> None:
-        """The sheet: of the first clips, those of the first one's shape."""
+        """The sheet: of the first clips, those of the first one's shape. Under ZeRO-3 a forward takes all processes."""
         truths = [self._truth(i) for i in range(min(self.clips, self.SHEET_CLIPS))]
         labels = [self.dataset.row(i)["caption"] for i, truth in enumerate(truths) if truth.shape == truths[0].shape]
         truth = torch.cat([truth for truth in truths if truth.shape == truths[0].shape])
         reconstruction = torch.cat([self._reconstruct(vae, clip) for clip in truth.split(1)])
         scale = max(1, 64 // truth.shape[3])
         path, title = self.folder / f"step-{step}.png", f"held-out clips, step {step}"
-        reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+        if self.accelerator.is_main_process:
+            reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+
+
+def export(
+    config: TrainVAEConfig,
+    vae: AutoencoderKLSTGen,
+    averaged: AveragedWeights,
+    dataset: ClipDataset,
+    accelerator: Accelerator,
+    folder: Path,
+) -> None:
+    """Writes a diffusers folder of the averaged weights, with the statistics of their latents, and of the last weights as
+    variant `raw`, which shares these. All processes call it."""
+    vae.eval()
+    with averaged.applied():
+        mean, std = measure_latents(vae, dataset, config.statistics_clips, accelerator)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+        with full_weights(vae):
+            if accelerator.is_main_process:
+                vae.save_pretrained(folder)
+    with full_weights(vae):
+        if accelerator.is_main_process:
+            vae.save_pretrained(folder, variant="raw")
+            print(f"the VAE is in {folder}")
+    accelerator.wait_for_everyone()
 
 
 def train_vae(config: TrainVAEConfig) -> None:
@@ -294,6 +308,7 @@ def train_vae(config: TrainVAEConfig) -> None:
     validator = Validator(config, config.validation, accelerator) if config.validation else None
     if accelerator.is_main_process:
         begin_run(config)
+        vae.save_config(run / ARCHITECTURE)
     accelerator.wait_for_everyone()
     objective = VAEObjective(
         vae,
@@ -312,22 +327,18 @@ def train_vae(config: TrainVAEConfig) -> None:
         return adversary.step(samples) if adversary else {}
 
     def after_step(averaged: AveragedWeights, step: int, samples: int) -> float | None:
-        score = None
-        if validator and config.validation and (step % config.validation.every == 0 or samples >= config.samples):
-            with averaged.applied():
-                score = validator(full_model(vae).eval(), step, samples)
-            vae.train()
+        due = config.validation and (step % config.validation.every == 0 or samples >= config.samples)
+        if validator is None or not due:
+            return None
+        with averaged.applied():
+            score = validator(vae.eval(), step, samples)
+        vae.train()
         return score
 
-    averaged = fit(accelerator, config, dataset, objective, compute_losses, discriminate, after_step)
-    averaged.copy_to()
-    full = full_model(vae).eval()
-    mean, std = measure_latents(full, dataset, config.statistics_clips, accelerator)
-    if accelerator.is_main_process:
-        full.register_to_config(latents_mean=mean, latents_std=std)
-        full.save_pretrained(run / "export")
-        print(f"the VAE is in {run / 'export'}")
-    accelerator.wait_for_everyone()
+    stages = [Stage(config, dataset)]
+    check_stages(stages, accelerator)
+    averaged = fit(accelerator, config, stages, objective, compute_losses, discriminate, after_step)
+    export(config, vae, averaged, dataset, accelerator, run / "export")
     accelerator.end_training()
 
 

@@ -1,9 +1,13 @@
 """Tiny real components: the project's own classes and a transformers BERT, at sizes that run in milliseconds."""
 
+import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import BertConfig, BertModel, BertTokenizerFast, PreTrainedTokenizerBase
 
@@ -99,3 +103,84 @@ def tiny_pipeline(tiny_pipeline_folder: Path) -> STGenPipeline:
     pipeline = STGenPipeline.from_pretrained(tiny_pipeline_folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+# --- A world to train in ------------------------------------------------------------------------------------------
+
+
+def write_clips(folder: Path, shapes: list[tuple[int, int, int]], clips: int, seed: int = 0) -> None:
+    """Shards of bars that move over a background, `clips` of each shape (t, h, w), with captions of `WORDS`."""
+    from stgen.data.shards import ShardWriter, write_index
+
+    random = np.random.default_rng(seed)
+    for shape in shapes:
+        t, h, w = shape
+        with ShardWriter(folder / "x".join(map(str, shape))) as writer:
+            for i in range(clips):
+                video = np.full((t, h, w, 3), random.integers(0, 80), np.uint8)
+                for frame in range(t):
+                    left = (2 * i + frame) % w
+                    video[frame, :, left : left + 3] = random.integers(150, 255, 3)
+                buffer = io.BytesIO()
+                np.save(buffer, video)
+                fields = {"num_frames": t, "height": h, "width": w, "fps": 10.0, "source": f"{shape} {i}"}
+                writer.write(f"{i:04d}", {"caption": f"a {i % 10} moving right", **fields}, npy=buffer.getvalue())
+    write_index(folder)
+
+
+@pytest.fixture(scope="session")
+def training_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What training needs, at tiny size: `train/` and `heldout/` (9 frames of 16x16), `joint/` (those and images), `small/`
+    (5 frames of 8x8), `vae/`, `text/`, and `base/`, a pipeline folder. Read only, runs in folders of their own."""
+    folder = tmp_path_factory.mktemp("training_world")
+    write_clips(folder / "train", [(9, 16, 16)], clips=12)
+    write_clips(folder / "heldout", [(9, 16, 16)], clips=4, seed=1)
+    write_clips(folder / "joint", [(9, 16, 16), (1, 16, 16)], clips=8)
+    write_clips(folder / "small", [(5, 8, 8)], clips=8, seed=2)
+    tiny_vae().save_pretrained(folder / "vae")
+    (folder / "text").mkdir()
+    tokenizer, encoder = tiny_text_encoder(folder)
+    tokenizer.save_pretrained(folder / "text")
+    encoder.save_pretrained(folder / "text")
+    pipeline = STGenPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=tiny_vae(),
+        transformer=tiny_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    pipeline.save_pretrained(folder / "base")
+    return folder
+
+
+def training_arguments(world: Path, run: Path, *overrides: str) -> list[str]:
+    """The command line of `stgen/train.py` on the tiny world: 6 steps of 4 clips, of one process."""
+    model = "model={num_attention_heads: 2, attention_head_dim: 12, num_layers: 2, pattern: st, patch_size: [1, 2, 2]}"
+    config = [
+        *(f"run={run}", f"vae={world}/vae", f"text_encoder={world}/text", f"data.path={world}/train"),
+        *("data.num_frames=9", "data.height=16", "data.width=16", "samples=24", "batch_size=4", "log_every=1"),
+        *("checkpoint_every=2", "optimizer.warmup=0", "optimizer.lr=1e-3", "optimizer.ema_decay=0.9"),
+        "masks=[{kind: generate_all}, {kind: predict, weight: 2, args: {given: [1, 0.5]}}, {kind: moving_box}]",
+    ]
+    own = [] if any(override.startswith("init=") for override in overrides) else [model]
+    (run.parent / "empty.yaml").write_text("{}")
+    return ["--config", str(run.parent / "empty.yaml"), *config, *own, *overrides]
+
+
+def run_training(world: Path, run: Path, *overrides: str) -> list[dict]:
+    """Trains in this process as the entry point does; the rows of metrics.jsonl."""
+    from stgen.config import parse_command_line
+    from stgen.train import TrainConfig, train
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "0")  # chosen by somebody, so that training keeps to the one thread of tests
+        try:
+            train(parse_command_line(TrainConfig, "", training_arguments(world, run, *overrides)))
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(rows: list[dict]) -> dict[int, float]:
+    """The training loss by the clips seen."""
+    return {row["samples"]: row["loss"] for row in rows if "loss" in row}

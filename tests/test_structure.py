@@ -16,11 +16,11 @@ REPOSITORY = Path(__file__).parent.parent
 LAYERS = [
     {"durable"},
     {"config"},
-    {"masks", "flow", "video", "optimization", "averaging"},
+    {"masks", "flow", "video", "optimization", "jobs", "averaging"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},
-    {"accelerator", "checkpoint", "generation", "reconstruction"},
-    {"loop"},
+    {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},
+    {"loop", "validation"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
     {"cli"},
 ]

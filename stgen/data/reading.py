@@ -18,7 +18,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,12 +28,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stgen import video
 from stgen.config import require
-from stgen.data.shards import CLIP_FILES, IMAGE_FILES, read_index
+from stgen.data.shards import CLIP_FILES, IMAGE_FILES, LATENT, TEXT, read_index
 
 
 @dataclass
@@ -96,7 +98,14 @@ class DataConfig:
             require(count == 1, "data.buckets", shape, "every (num_frames, height, width) once")
         self.block = 8 if self.block is None else self.block
         require(self.block >= 1, "data.block", self.block, "1 or more")
-        self.num_frames, self.height, self.width = max((b.shape for b in self.buckets), key=math.prod)
+        self.num_frames, self.height, self.width = max(self.shapes, key=math.prod)
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """The (num_frames, height, width) of all clips."""
+        if self.buckets is None:
+            return [(self.num_frames, self.height, self.width)]
+        return [bucket.shape for bucket in self.buckets]
 
 
 # --- The order ----------------------------------------------------------------------------------------------------
@@ -213,10 +222,84 @@ def clip_shape(row: dict[str, Any]) -> tuple[int, int, int]:
     return row["num_frames"], row["height"], row["width"]
 
 
+def read_files(folder: Path, row: dict[str, Any], wanted: Collection[str]) -> dict[str, bytes]:
+    """Those of the wanted files that the sample of an index row has, by extension.
+
+    Raises:
+        ValueError: the json that travels with the clip says that index and shard do not belong together.
+    """
+    files = {}
+    with (folder / row["shard"]).open("rb") as shard:
+        for extension, (offset, size) in row["files"].items():
+            if extension in wanted or extension == "json":
+                shard.seek(offset)
+                files[extension] = shard.read(size)
+    if row | json.loads(files["json"]) != row:
+        raise ValueError("index and shard do not match")
+    return files
+
+
+def read_clip(files: dict[str, bytes], row: dict[str, Any]) -> Tensor:
+    """The pixels of a sample, uint8 `c t h w`."""
+    require(
+        bool(files.keys() & set(CLIP_FILES)), "files", sorted(files), f"a clip among them ({', '.join(CLIP_FILES)})"
+    )
+    frames = decode_clip(files)
+    if frames.shape[:3] != clip_shape(row):
+        raise ValueError(f"holds {frames.shape[:3]}, its index says {clip_shape(row)}")
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
+
+
+# --- What `stgen data encode` stored ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What of a sample is read beside its pixels, or instead of them."""
+
+    latent_shapes: dict[tuple[int, int, int], tuple[int, int, int, int]]
+    """(z, t', h', w') of the latents of clips of each shape (t, h, w)."""
+    text_dim: int | None
+    """Width of the text states; None if they are not read."""
+    needs_pixels: Callable[[int, tuple[int, int, int]], bool]
+    """Whether the clip at a position, of a shape (t, h, w), is decoded all the same."""
+
+
+def _read_tensors(files: dict[str, bytes], extension: str) -> dict[str, Tensor]:
+    require(extension in files, "files", sorted(files), f"{extension} among them")
+    try:
+        return load_tensors(files[extension])
+    except SafetensorError as error:
+        raise ValueError(f"{extension} is corrupt: {error}") from error
+
+
+def read_latents(files: dict[str, bytes], shape: tuple[int, int, int, int]) -> dict[str, Tensor]:
+    """`{"mean": z t' h' w'}` of a sample's latents, and `logvar` where they have one, as they were stored."""
+    tensors = _read_tensors(files, LATENT)
+    require("mean" in tensors, f"tensors of {LATENT}", sorted(tensors), "mean, and logvar of a VAE that has one")
+    for name, tensor in tensors.items():
+        require(tuple(tensor.shape) == shape, f"shape of {name} of {LATENT}", tuple(tensor.shape), f"{shape}")
+    return tensors
+
+
+def read_text(files: dict[str, bytes], dim: int) -> Tensor:
+    """The text states `n d` of a sample's caption, as they were stored."""
+    tensors = _read_tensors(files, TEXT)
+    require("states" in tensors, f"tensors of {TEXT}", sorted(tensors), "states")
+    states = tensors["states"]
+    require(states.ndim == 2 and states.shape[1] == dim, f"shape of {TEXT}", tuple(states.shape), f"(n, {dim})")
+    return states
+
+
+# --- The data set -------------------------------------------------------------------------------------------------
+
+
 class ClipDataset(Dataset):
-    """Clips by position: `dataset[p]` is `{"video": uint8 c t h w, "caption": str, "fps": frames/s, "position": p}`.
+    """Clips by position: `dataset[p]` is `{"video": uint8 c t h w, "caption": str, "fps": frames/s, "position": p, "shape":
+    (t, h, w)}`. With `stored` it has `latents` and `text` too, and `video` only where that says so.
 
     Args:
+        stored: what `stgen data encode` stored of all clips; None reads pixels alone.
         shuffle: True is the order of training. False is for looking at the clips one by one: the first `len(dataset)`
             positions are each clip once, as the index has them, with the shapes taking turns.
 
@@ -224,9 +307,20 @@ class ClipDataset(Dataset):
         ValueError: the folder is unusable, a clip fits no bucket, or a bucket has no clips.
     """
 
-    def __init__(self, config: DataConfig, seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(self, config: DataConfig, seed: int = 0, shuffle: bool = True, stored: Stored | None = None) -> None:
         self.folder = Path(config.path)
         self.rows = read_index(config.path)
+        self.stored = stored
+        if stored is None:
+            bare = [row["key"] for row in self.rows if not row["files"].keys() & set(CLIP_FILES)]
+            pixels = "clips with pixels; `stgen data encode --drop-pixels` left these out"
+            require(not bare, f"data {config.path}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", pixels)
+        for extension in [] if stored is None else [LATENT, TEXT] if stored.text_dim is not None else [LATENT]:
+            bare = [row["key"] for row in self.rows if extension not in row["files"]]
+            whole = f"a {extension} in all; encode the clips again with `stgen data encode`"
+            require(
+                not bare, f"data {config.path}", f"{len(bare)} clips without {extension}, such as {bare[:1]}", whole
+            )
         buckets = config.buckets or [Bucket(config.num_frames, config.height, config.width)]
         members: dict[tuple[int, int, int], list[dict[str, Any]]] = {bucket.shape: [] for bucket in buckets}
         other: list[dict[str, Any]] = []
@@ -255,22 +349,23 @@ class ClipDataset(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         row = self.row(position)
-        files = {}
-        with (self.folder / row["shard"]).open("rb") as shard:
-            for extension, (offset, size) in row["files"].items():
-                shard.seek(offset)
-                files[extension] = shard.read(size)
+        stored, shape = self.stored, clip_shape(row)
+        pixels = stored is None or stored.needs_pixels(position, shape)
+        wanted = {*CLIP_FILES} if pixels else set()
+        if stored is not None:
+            wanted |= {LATENT, TEXT} if stored.text_dim is not None else {LATENT}
+        sample = {"caption": row["caption"], "fps": float(row["fps"]), "position": position, "shape": shape}
         try:
-            # The json travels with the clip, so it tells whether index and shard still belong together.
-            if row | json.loads(files["json"]) != row:
-                raise ValueError("index and shard do not match")
-            frames = decode_clip(files)
-            if frames.shape[:3] != clip_shape(row):
-                raise ValueError(f"holds {frames.shape[:3]}, its index says {clip_shape(row)}")
+            files = read_files(self.folder, row, wanted)
+            if pixels:
+                sample["video"] = read_clip(files, row)
+            if stored is not None:
+                sample["latents"] = read_latents(files, stored.latent_shapes[shape])
+            if stored is not None and stored.text_dim is not None:
+                sample["text"] = read_text(files, stored.text_dim)
         except (ValueError, TypeError, EOFError) as error:
             raise ValueError(f"data {self.folder}: sample {row['key']} of {row['shard']}: {error}") from error
-        clip = torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
-        return {"video": clip, "caption": row["caption"], "fps": float(row["fps"]), "position": position}
+        return sample
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -294,13 +389,24 @@ class BatchPositions(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batch of samples of one shape: `video` uint8 `b c t h w`, `fps` `b` in frames/s, lists of captions and positions."""
-    return {
-        "video": torch.stack([s["video"] for s in samples]),
+    """Batch of samples of one shape: `video` uint8 `b c t h w`, `fps` `b` in frames/s, lists of captions and positions.
+
+    With what was stored: `latents` of `b z t' h' w'`, a list `text` of `n d`; then `video` is `k c t h w`, of the k clips
+    that `has_video` `b` says.
+    """
+    videos = [s["video"] for s in samples if "video" in s]
+    batch = {
+        "video": torch.stack(videos) if videos else torch.empty(0, 3, *samples[0]["shape"], dtype=torch.uint8),
         "fps": torch.tensor([s["fps"] for s in samples]),
         "caption": [s["caption"] for s in samples],
         "position": [s["position"] for s in samples],
     }
+    if "latents" in samples[0]:
+        batch["latents"] = {name: torch.stack([s["latents"][name] for s in samples]) for name in samples[0]["latents"]}
+        batch["has_video"] = torch.tensor(["video" in s for s in samples])
+    if "text" in samples[0]:
+        batch["text"] = [s["text"] for s in samples]
+    return batch
 
 
 def clip_loader(

@@ -2,8 +2,9 @@
 
 A data folder holds plain WebDataset shards, which any WebDataset reader opens, and one `index.jsonl`. A sample is its clip,
 `KEY.mp4` or another of `CLIP_FILES` (npy: uint8 `t h w c`; an image is a clip of one frame), and `KEY.json` `{caption, fps,
-num_frames, height, width, source}`. An index row repeats the json and says where each file lies, `{key, shard, files:
-{ext: [offset, size]}, ...}`, so that counts and captions need no scan, and any sample is one `seek` away.
+num_frames, height, width, source}`; `stgen data encode` adds `ENCODED_FILES`, or puts them in the clip's place. An index row
+repeats the json and says where each file lies, `{key, shard, files: {ext: [offset, size]}, ...}`, so that counts and
+captions need no scan, and any sample is one `seek` away.
 """
 
 import json
@@ -21,6 +22,9 @@ from stgen.config import require
 INDEX = "index.jsonl"
 IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
 CLIP_FILES = ("npy", "mp4", "mkv", *IMAGE_FILES)
+LATENT, TEXT = ENCODED_FILES = ("latent.safetensors", "text.safetensors")
+ENCODING = "encode.json"
+"""What `stgen data encode` stored in a folder, and with which models; without an index it is still at work, or was."""
 CLIP_FIELDS = ("caption", "fps", "num_frames", "height", "width", "source")
 
 
@@ -97,7 +101,7 @@ def index_shard(shard: str | Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"shard {shard} is empty")
     for row in samples.values():
         missing = [name for name in CLIP_FIELDS if name not in row]
-        if missing or not row["files"].keys() & set(CLIP_FILES):
+        if missing or not row["files"].keys() & {*CLIP_FILES, LATENT}:
             lacks = ", ".join(missing) if missing else f"a clip ({', '.join(CLIP_FILES)})"
             raise ValueError(f"shard {shard}: sample {row['key']} lacks {lacks}")
         yield row
@@ -131,6 +135,8 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
     require(folder.is_dir(), "data", str(folder), "a folder of shards (write one with `stgen data`)")
     path = folder / INDEX
     if not path.is_file():
+        if (folder / ENCODING).is_file():
+            raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
         hint = "stgen data index" if list(folder.glob("*.tar")) else "stgen data"
         raise ValueError(f"data {folder} has no {INDEX}: write it with `{hint}`")
     try:

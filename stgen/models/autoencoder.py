@@ -457,10 +457,24 @@ class AutoencoderKLSTGen(SafetensorsOnly, ModelMixin, AutoencoderMixin, ConfigMi
         Raises:
             ValueError: as `encode`, when the piece is reached; pieces of different sizes; no frames at all.
         """
+        for posterior in self._posteriors(frames, chunk):
+            yield posterior.mode()
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def posterior_stream(
+        self, frames: Iterable[Tensor] | Tensor, chunk: int | None = None
+    ) -> Iterator[DiagonalGaussianDistribution | FiniteScalarCodes]:
+        """As `encode_stream`, but yields the distributions of the latents, `latent_dist` of `encode`."""
+        yield from self._posteriors(frames, chunk)
+
+    def _posteriors(
+        self, frames: Iterable[Tensor] | Tensor, chunk: int | None
+    ) -> Iterator[DiagonalGaussianDistribution | FiniteScalarCodes]:
         require(chunk is None or chunk >= 1, "chunk", chunk, "1 or more, or None")
         pieces = map(self._check_video, [frames] if isinstance(frames, Tensor) else frames)
         for moments in self._encode_chunks(pieces, chunk):
-            yield self._posterior(moments).mode()
+            yield self._posterior(moments)
 
     # --- Decoding -------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ t' = 1 + ceil((t - 1) / p), h' = ceil(h / s), w' = ceil(w / s) for compression p
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +101,18 @@ def latent_shape(vae: VideoVAE, num_frames: int, height: int, width: int) -> tup
     return latent_channels(vae), 1 + -(-(num_frames - 1) // p), -(-height // s), -(-width // s)
 
 
+def temporal_reach(vae: VideoVAE) -> str:
+    """Which frames a latent depends on: its `frame` alone, the `past` up to its own last frame, or the whole `clip`.
+
+    Ours, Wan and LTX are causal to the bit; the group norms of CogVideoX and Hunyuan average over later frames too.
+    """
+    if _is(vae, AutoencoderKL):
+        return "frame"
+    causal = _is(vae, AutoencoderKLSTGen | AutoencoderKLWan)
+    causal |= _is(vae, AutoencoderKLLTXVideo) and vae.config.encoder_causal
+    return "past" if causal else "clip"
+
+
 # --- Scale --------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +135,57 @@ def latent_statistics(vae: VideoVAE, like: Tensor) -> tuple[Tensor, Tensor]:
 # --- Encoding and decoding ----------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Moments:
+    """The distribution of a clip's latents on the VAE's own scale, float32 `b z t' h' w'`."""
+
+    mean: Tensor
+    """Which is the mode too."""
+    logvar: Tensor | None = None
+    """Logarithm of the variance; None of a VAE whose latents are certain (finite scalar quantisation)."""
+
+
+def encode_moments(vae: VideoVAE, video: Tensor) -> Moments:
+    """Video -> the distribution of its latents. Arguments and errors are those of `encode`."""
+    b, _, t, h, w = video.shape
+    p, s = compression_ratios(vae)
+    video = F.pad(video.to(vae.dtype), (0, -w % s, 0, -h % s, 0, -(t - 1) % p), mode="replicate")
+    if _is(vae, AutoencoderKL):
+        images = video.transpose(1, 2).flatten(0, 1).split(_IMAGES_AT_ONCE)
+        flat = _joined([vae.encode(some).latent_dist for some in images], dim=0)
+        frames = (None if x is None else x.unflatten(0, (b, t)).transpose(1, 2) for x in (flat.mean, flat.logvar))
+        moments = Moments(*frames)
+    else:
+        moments = _joined([vae.encode(video).latent_dist])
+    _require_shape(vae, "latents", moments.mean, latent_shape(vae, t, h, w))
+    return moments
+
+
+@torch.no_grad()
+def encode_moments_stream(vae: VideoVAE, pieces: Iterable[Tensor]) -> Moments:
+    """As `encode_moments`, of a clip that comes in pieces `b c n h w` of any length, without gradients.
+
+    Ours works on a few frames at a time and holds its causal state only. Diffusers' VAEs get the clip whole.
+    """
+    if not _is(vae, AutoencoderKLSTGen):
+        return encode_moments(vae, torch.cat(list(pieces), dim=2))
+    return _joined(list(vae.posterior_stream(piece.to(vae.dtype) for piece in pieces)))
+
+
+def _joined(posteriors: list[Any], dim: int = 2) -> Moments:
+    """The distributions of consecutive parts as one."""
+    mean = torch.cat([posterior.mode().float() for posterior in posteriors], dim)
+    if not hasattr(posteriors[0], "logvar"):
+        return Moments(mean, None)
+    return Moments(mean, torch.cat([posterior.logvar.float() for posterior in posteriors], dim))
+
+
+def normalise(vae: VideoVAE, latents: Tensor) -> Tensor:
+    """Latents on the VAE's own scale -> as the transformer sees them, float32."""
+    mean, std = latent_statistics(vae, latents.float())
+    return (latents.float() - mean) / std
+
+
 def encode(vae: VideoVAE, video: Tensor) -> Tensor:
     """Video -> the modes of its latents' distributions, normalised as the transformer sees them.
 
@@ -136,17 +200,7 @@ def encode(vae: VideoVAE, video: Tensor) -> Tensor:
     Raises:
         ValueError: a VAE of another class, or one whose config says another shape than it makes.
     """
-    b, _, t, h, w = video.shape
-    p, s = compression_ratios(vae)
-    video = F.pad(video.to(vae.dtype), (0, -w % s, 0, -h % s, 0, -(t - 1) % p), mode="replicate")
-    if _is(vae, AutoencoderKL):
-        images = video.transpose(1, 2).flatten(0, 1).split(_IMAGES_AT_ONCE)
-        z = torch.cat([vae.encode(some).latent_dist.mode() for some in images]).unflatten(0, (b, t)).transpose(1, 2)
-    else:
-        z = vae.encode(video).latent_dist.mode()
-    _require_shape(vae, "latents", z, latent_shape(vae, t, h, w))
-    mean, std = latent_statistics(vae, z.float())
-    return (z.float() - mean) / std
+    return normalise(vae, encode_moments(vae, video).mean)
 
 
 def decode(vae: VideoVAE, latents: Tensor, size: tuple[int, int, int]) -> Tensor:

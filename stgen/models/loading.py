@@ -1,8 +1,11 @@
 """What all of stgen's classes ask of the files that they open."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from torch import Tensor
 
 from stgen.config import require
 
@@ -43,3 +46,23 @@ def _named_weights(arguments: dict[str, Any]) -> dict[str, Any]:
     name = arguments.get("weight_name", LORA_WEIGHT_NAME_SAFE)
     require(str(name).endswith(".safetensors"), "weight_name", name, "a .safetensors file: nothing is unpickled")
     return {"weight_name": LORA_WEIGHT_NAME_SAFE, **_safetensors(arguments)}
+
+
+def load_every_tensor(model: torch.nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Loads `weights` into `model`: each of them, and each of the model's.
+
+    Args:
+        source: what the refusal calls them.
+
+    Raises:
+        ValueError: names or shapes differ; one line lists all that do.
+    """
+    own = model.state_dict()
+
+    def shape(tensors: Mapping[str, Tensor], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "no such weight"
+
+    names = sorted(name for name in own.keys() | weights.keys() if shape(own, name) != shape(weights, name))
+    found = ", ".join(f"{name}: {shape(weights, name)} there, {shape(own, name)} in this model" for name in names)
+    require(not names, source, found, "weights of this model's names and shapes")
+    model.load_state_dict(weights)

@@ -1,0 +1,361 @@
+"""Latents and text states computed once: `stgen data encode`, and what training reads of them.
+
+The folder that it writes is the source's shards with further files in each sample, `KEY.latent.safetensors` and
+`KEY.text.safetensors`, beside the clip or in its place:
+
+    index.jsonl          as of any data folder, with the further files; written last
+    encode.json          `Encoding`: what was stored, and fingerprints of the models that made it; written first
+    encode.safetensors   the text states of the empty prompt, a `TextCache`
+    .lock                held while a job runs
+
+Latents are moments, mean and logarithm of the variance, on the VAE's own scale, so that training can take the mode or draw.
+A shard is written under another name and renamed, so the same command goes on with those that are missing, whatever died.
+Its bytes depend on the source, the models and the kind of hardware, not on who wrote it.
+
+Shapes: t frames, h height, w width; video `b c t h w`; latents `b z t' h' w'`; text states `n d`.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import webdataset as wds
+from safetensors.torch import save
+from torch import Tensor
+from transformers.utils import cached_file
+
+from stgen.config import require
+from stgen.data.reading import Stored, clip_shape, fold_seed, read_clip, read_files, to_pixels
+from stgen.data.shards import CLIP_FILES, ENCODED_FILES, ENCODING, INDEX, LATENT, TEXT, read_index, write_index
+from stgen.jobs import Pool, only_job
+from stgen.masks import MaskSpec, Shape, draw_mixture, given_latents_are_exact
+from stgen.models.latents import (
+    VideoVAE,
+    compression_ratios,
+    encode_moments_stream,
+    latent_shape,
+    load_vae,
+    temporal_reach,
+)
+from stgen.text import TextCache, encode_distinct, load_text_encoder, text_encoder_folder
+from stgen.tracking import progress_bar
+
+EMPTY_PROMPT = "encode.safetensors"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+_PIECE_PIXELS = 2**23
+"""Pixels that are floats at one time while a long clip is encoded."""
+_DRAWS = 256
+"""Masks of each kind that are looked at to find out whether it needs pixels."""
+
+
+# --- Models by fingerprint ----------------------------------------------------------------------------------------
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of a saved model: configuration, weights and, of a text encoder, tokenizer; not of who saved it when."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        path for path in Path(folder).iterdir() if path.suffix in (".json", ".txt", ".model", ".safetensors")
+    ):
+        digest.update(path.name.encode())
+        if path.name == "config.json":
+            volatile = ("_name_or_path", "_diffusers_version", "transformers_version")
+            config = {name: value for name, value in json.loads(path.read_text()).items() if name not in volatile}
+            digest.update(json.dumps(config, sort_keys=True).encode())
+            continue
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _saved_text_encoder(name: str) -> Path:
+    """The folder of an encoder that is named as `load_text_encoder` takes it."""
+    folder = Path(text_encoder_folder(name))
+    return folder if folder.is_dir() else Path(cached_file(name, "config.json")).parent
+
+
+# --- What was stored ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What `stgen data encode` stored in a folder; its encode.json."""
+
+    source: str
+    """SHA-256 of the index of the clips."""
+    vae: str
+    """Fingerprint."""
+    text: str | None
+    """Fingerprint of the text encoder; None if no text was stored."""
+    max_text_length: int | None
+    """Tokens of a caption."""
+    dtype: str
+    """Of all that was stored."""
+    batch_size: int
+    """Clips encoded together."""
+    pixels: bool
+    """Whether the clips lie beside their latents."""
+
+    def check(self, vae: str, text_encoder: str, max_text_length: int) -> None:
+        """Raises `ValueError` if the folders, or the name, are not those of the models that encoded."""
+        other = "or encode the clips anew with `stgen data encode`, or set use_encoded=false"
+        allowed = f"the VAE with which the data was encoded, of fingerprint {self.vae[:12]}; {other}"
+        require(fingerprint(vae) == self.vae, "vae", vae, allowed)
+        if self.text is not None:
+            allowed = f"the encoder with which the captions were encoded, of fingerprint {self.text[:12]}; {other}"
+            require(fingerprint(_saved_text_encoder(text_encoder)) == self.text, "text_encoder", text_encoder, allowed)
+            allowed = f"{self.max_text_length}, with which the captions were encoded; {other}"
+            require(max_text_length == self.max_text_length, "max_text_length", max_text_length, allowed)
+
+    def stored(
+        self, folder: str | Path, vae: VideoVAE, shapes: Sequence[Shape], masks: Sequence[MaskSpec], seed: int
+    ) -> Stored:
+        """What training with these masks reads of each clip.
+
+        Raises:
+            ValueError: a kind of masks needs pixels, and the folder has none.
+        """
+        p, reach = compression_ratios(vae)[0], temporal_reach(vae)
+        for spec, shape in itertools.product([] if self.pixels else masks, shapes):
+            drawn = [spec.draw(shape, torch.Generator().manual_seed(i)) for i in range(_DRAWS)]
+            exact = all(bool(given_latents_are_exact(mask[None], p, reach)) for mask in drawn)
+            allowed = (
+                f"kinds that give whole latents from the beginning or nothing, such as generate_all, since {folder} "
+                "has no pixels to encode anew"
+            )
+            require(exact, "masks.kind", f"{spec.kind} {spec.args or ''}".strip(), allowed)
+        return Stored(
+            latent_shapes={shape: latent_shape(vae, *shape) for shape in shapes},
+            text_dim=None if self.text is None else TextCache(Path(folder) / EMPTY_PROMPT).dim,
+            needs_pixels=partial(_needs_pixels, tuple(masks), seed, p, reach),
+        )
+
+
+def read_encoding(folder: str | Path) -> Encoding | None:
+    """What was stored in a data folder, or None if that are pixels alone.
+
+    Raises:
+        ValueError: encode.json is corrupt, or missing where the clips have latents.
+    """
+    path = Path(folder) / ENCODING
+    if not path.is_file():
+        index = Path(folder) / INDEX
+        first = index.open().readline() if index.is_file() else ""
+        require(
+            LATENT not in first,
+            f"data {folder}",
+            f"latents without {ENCODING}",
+            f"latents with the {ENCODING} of their encoding",
+        )
+        return None
+    try:
+        return Encoding(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"data {path} is corrupt: {error}") from error
+
+
+def draw_mask(masks: Sequence[MaskSpec], seed: int, position: int, shape: Shape) -> tuple[Tensor, torch.Generator]:
+    """The mask `1 t h w` of the clip at a position, and the generator of all further draws for it."""
+    generator = torch.Generator().manual_seed(fold_seed(seed, position))
+    return draw_mixture(masks, shape, generator), generator
+
+
+def _needs_pixels(masks: Sequence[MaskSpec], seed: int, p: int, reach: str, position: int, shape: Shape) -> bool:
+    return not given_latents_are_exact(draw_mask(masks, seed, position, shape)[0][None], p, reach)
+
+
+# --- The job ------------------------------------------------------------------------------------------------------
+
+
+def encode_clips(
+    data: str | Path,
+    vae: str | Path,
+    out: str | Path,
+    text_encoder: str | None = None,
+    max_text_length: int = 128,
+    dtype: str = "float16",
+    drop_pixels: bool = False,
+    batch_size: int = 8,
+    device: str = "cpu",
+    pool: Pool | None = None,
+) -> None:
+    """Writes the clips of the data folder `data` with their latents, and with text states if an encoder is given.
+
+    A shard is encoded once, and so is a caption within it. What is finished is kept when the command is rerun.
+
+    Args:
+        vae: folder of a saved VAE, of any class of `stgen.models.latents.VideoVAE`.
+        out: the folder to write: new, or of the same job.
+        text_encoder, max_text_length: as the training takes them.
+        dtype: of what is stored: float16, bfloat16 or float32.
+        drop_pixels: leaves the clips out. Training then has no masks but those whose given latents the stored ones are.
+        batch_size: clips of one shape that follow each other in a shard and are encoded together.
+        device: of a job without `pool`.
+        pool: Ray actors that share the shards; None works in this process. A cluster's machines need this machine's
+            paths.
+
+    Raises:
+        ValueError: an argument is none of these, `out` holds something else, or a clip cannot be decoded. The other shards
+            are finished first.
+        RuntimeError: a worker can't load the models.
+    """
+    data, out = Path(data).absolute(), Path(out).absolute()
+    require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
+    require(batch_size >= 1, "batch_size", batch_size, "1 or more")
+    require(max_text_length >= 1, "max_text_length", max_text_length, "1 or more")
+    rows = read_index(data)
+    bare = [row["key"] for row in rows if not row["files"].keys() & set(CLIP_FILES)]
+    require(not bare, f"data {data}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", "clips with pixels")
+    load_vae(vae)  # refuses what is none, before anything is written
+    encoding = Encoding(
+        source=hashlib.sha256((data / INDEX).read_bytes()).hexdigest(),
+        vae=fingerprint(vae),
+        text=None if text_encoder is None else fingerprint(_saved_text_encoder(text_encoder)),
+        max_text_length=None if text_encoder is None else max_text_length,
+        dtype=dtype,
+        batch_size=batch_size,
+        pixels=not drop_pixels,
+    )
+    require(not out.exists() or out.is_dir(), "out", str(out), "a folder, or nothing yet")
+    out.mkdir(parents=True, exist_ok=True)
+    with only_job(out):
+        _claim(out, encoding)
+        if text_encoder is not None:
+            TextCache.build(out / EMPTY_PROMPT, text_encoder, [""], max_text_length)
+        shards: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            shards.setdefault(row["shard"], []).append(row)
+        for torn in out.rglob(".*.tar.*.tmp"):  # what killed workers left
+            torn.unlink()
+        todo = [members for shard, members in shards.items() if not (out / shard).exists()]
+        done = len(rows) - sum(map(len, todo))
+        worker = (data, out, str(vae), text_encoder, encoding, device if pool is None else pool.device)
+        with progress_bar(len(rows), done, True, "encode") as bar:
+            failures = _encode(worker, todo, bar.update, pool) if todo else []
+        if failures:
+            raise ValueError(f"{len(failures)} of {len(shards)} shards failed; {failures[0]}")
+        if not (out / INDEX).exists():
+            write_index(out, [out / shard for shard in shards])
+
+
+def _claim(out: Path, encoding: Encoding) -> None:
+    """Notes what is stored here; refuses a folder of something else."""
+    path = out / ENCODING
+    if path.exists():
+        before, now = json.loads(path.read_text()), asdict(encoding)
+        for name in now:
+            allowed = f"{before.get(name)!r}, with which {out} was begun; another folder takes another value"
+            require(now[name] == before.get(name), f"{name} of the encoding", now[name], allowed)
+        return
+    strangers = sorted(file.name for file in out.iterdir() if file.name != ".lock")
+    require(not strangers, "out", str(out), f"a new or empty folder, not one with {strangers[:1]}")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(encoding), indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _encode(
+    arguments: tuple[Any, ...], todo: list[list[dict[str, Any]]], update: Callable[[int], Any], pool: Pool | None
+) -> list[str]:
+    """Writes a shard of each of these lists of rows; returns why some could not be written."""
+    failures = []
+    if pool is None:
+        encoder = _Encoder(*arguments)
+        for rows in todo:
+            try:
+                encoder.run(rows, update)
+            except ValueError as error:
+                failures.append(str(error))
+        return failures
+    with pool.start():
+        for rows, _, failure in pool.map(_Encoder, arguments, todo, "the models"):
+            update(len(rows))
+            failures += [f"{rows[0]['shard']}: {failure}"] if failure else []
+    return failures
+
+
+class _Encoder:
+    """The models, and what they do with a shard; or what an actor is: a process with the models in it."""
+
+    def __init__(
+        self, data: Path, out: Path, vae: str, text_encoder: str | None, encoding: Encoding, device: str
+    ) -> None:
+        self.data, self.out, self.encoding, self.device = data, out, encoding, torch.device(device)
+        self.vae = load_vae(vae).requires_grad_(False).to(self.device)
+        self.text = None
+        if text_encoder is not None:
+            tokenizer, encoder = load_text_encoder(text_encoder)
+            self.text = tokenizer, encoder.to(self.device)
+
+    def ready(self) -> None:
+        """Returns as soon as the worker has started."""
+
+    def run(self, rows: list[dict[str, Any]], update: Callable[[int], Any] = lambda clips: None) -> None:
+        """Writes the shard of these rows, and tells how many clips are done as it goes."""
+        path = self.out / rows[0]["shard"]
+        if path.exists():  # a worker before this one died between finishing it and saying so
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                with wds.TarWriter(file, encoder=False, mtime=0) as tar:
+                    for sample in self._samples(rows):
+                        tar.write(sample)
+                        update(1)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _samples(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        texts = self._texts(sorted({row["caption"] for row in rows}))
+        for _, alike in itertools.groupby(rows, clip_shape):
+            run = list(alike)
+            for first in range(0, len(run), self.encoding.batch_size):
+                yield from self._batch(run[first : first + self.encoding.batch_size], texts)
+
+    def _texts(self, captions: list[str]) -> dict[str, bytes]:
+        if self.text is None:
+            return {}
+        states = encode_distinct(*self.text, captions, self.encoding.max_text_length or 0)
+        pairs = zip(captions, states, strict=True)
+        return {caption: self._bytes(f"text states of {caption!r}", states=row) for caption, row in pairs}
+
+    def _batch(self, rows: list[dict[str, Any]], texts: dict[str, bytes]) -> Iterator[dict[str, Any]]:
+        samples, clips = [], []
+        for row in rows:
+            try:
+                files = read_files(self.data, row, row["files"])
+                clips.append(read_clip(files, row))
+            except (ValueError, TypeError, EOFError) as error:
+                raise ValueError(f"data {self.data}: sample {row['key']} of {row['shard']}: {error}") from error
+            left_out = ENCODED_FILES if self.encoding.pixels else (*ENCODED_FILES, *CLIP_FILES)
+            samples.append({name: data for name, data in files.items() if name not in left_out})
+        video = torch.stack(clips)
+        length = max(1, _PIECE_PIXELS // (len(rows) * video[0, 0, 0].numel()))
+        pieces = (to_pixels(piece.to(self.device)) for piece in video.split(length, dim=2))
+        moments = encode_moments_stream(self.vae, pieces)
+        for i, (row, files) in enumerate(zip(rows, samples, strict=True)):
+            parts = {name: x[i] for name, x in vars(moments).items() if x is not None}
+            files[LATENT] = self._bytes(f"latents of {row['key']}", **parts)
+            if self.text is not None:
+                files[TEXT] = texts[row["caption"]]
+            yield {"__key__": row["key"], **files}
+
+    def _bytes(self, name: str, **tensors: Tensor) -> bytes:
+        stored = {key: tensor.to("cpu", DTYPES[self.encoding.dtype]).contiguous() for key, tensor in tensors.items()}
+        finite = all(bool(tensor.isfinite().all()) for tensor in stored.values())
+        require(finite, "dtype", self.encoding.dtype, f"one in which {name} are finite")
+        return save(stored)
