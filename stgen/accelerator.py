@@ -84,6 +84,13 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": max_grad_norm,
         }
+        precision = accelerator.mixed_precision
+        if precision != "no":
+            # Weights stay float32 and operations choose, as everywhere else; DeepSpeed's own bf16 rounds the weights.
+            accelerator.state.deepspeed_plugin.deepspeed_config |= {
+                precision: {"enabled": False},
+                "torch_autocast": {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]},
+            }
     return accelerator
 
 
