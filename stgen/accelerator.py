@@ -17,13 +17,15 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from stgen.averaging import is_zero3, local_part, whole
-from stgen.tracking import JsonlTracker
+from stgen.tracking import make_trackers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm: float) -> Accelerator:
+def make_accelerator(
+    run: Path, batch_size: int, accumulate: int, max_grad_norm: float, trackers: Sequence[str] = ()
+) -> Accelerator:
     """The Accelerator of a training run, checked against what `accelerate launch` asked for.
 
     Mixed precision and the distributed strategy come from the launch command or its config file; what the run's own
@@ -31,6 +33,7 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
 
     Args:
         batch_size: samples of one process in one forward.
+        trackers: names of `stgen.tracking.TRACKERS`, beside metrics.jsonl.
 
     Raises:
         ValueError: the strategy in force is not the one asked for, or one that is known to train wrongly here.
@@ -57,7 +60,7 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
         cpu=on_cpu and not asked_deepspeed,
         gradient_accumulation_steps=accumulate,
         kwargs_handlers=handlers,
-        log_with=[JsonlTracker(run)],
+        log_with=make_trackers(trackers, run),
     )
 
     in_force = accelerator.distributed_type

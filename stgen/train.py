@@ -5,6 +5,7 @@ that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, t
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from stgen.models.latents import (
     compression_ratios,
     encode_moments,
     latent_channels,
+    latent_shape,
     load_vae,
     normalise,
     temporal_reach,
@@ -315,7 +317,9 @@ def train(config: TrainConfig) -> None:
     config = config.with_architecture()
     configs = resolve_stages(config)
     last = configs[-1]
-    accelerator = make_accelerator(run, last.batch_size, last.accumulate, config.optimizer.max_grad_norm)
+    accelerator = make_accelerator(
+        run, last.batch_size, last.accumulate, config.optimizer.max_grad_norm, config.trackers
+    )
     device = accelerator.device
     vae = load_vae(config.vae).requires_grad_(False).to(device)
     opened = [open_stage(stage, vae, accelerator.is_main_process) for stage in configs]
@@ -369,7 +373,11 @@ def train(config: TrainConfig) -> None:
             score = validator(step, samples)
         return score
 
-    averaged = fit(accelerator, config, stages, net, compute_losses, after_step=after_step)
+    def tokens(shape: tuple[int, int, int]) -> int:
+        cells = latent_shape(vae, *shape)[1:]
+        return math.prod(-(-n // p) for n, p in zip(cells, net.config.patch_size, strict=True))
+
+    averaged = fit(accelerator, config, stages, net, compute_losses, after_step=after_step, tokens=tokens)
     export(config, net, averaged, vae, accelerator, run / "export")
     accelerator.end_training()
 

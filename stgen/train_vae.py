@@ -27,6 +27,7 @@ from stgen.models.latents import latent_shape, load_vae
 from stgen.models.loading import load_every_tensor
 from stgen.models.perceptual import NETWORKS, PerceptualDistance
 from stgen.reconstruction import measure, reconstruction_sheet
+from stgen.tracking import log_picture
 from stgen.vae_objective import (
     RECONSTRUCTION,
     Adversary,
@@ -263,6 +264,7 @@ class Validator:
         path, title = self.folder / f"step-{step}.png", f"held-out clips, step {step}"
         if self.accelerator.is_main_process:
             reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+            log_picture(self.accelerator, "reconstructions", path, step)
 
 
 def export(
@@ -292,7 +294,9 @@ def export(
 def train_vae(config: TrainVAEConfig) -> None:
     """Trains to `config.samples` clips, from the newest checkpoint of the run if there is one."""
     run = Path(config.run)
-    accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
+    accelerator = make_accelerator(
+        run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm, config.trackers
+    )
     dataset = ClipDataset(config.data, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
     for frames in sorted({row["num_frames"] for row in dataset.rows}):

@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_transformer
+from conftest import run_training, tiny_transformer
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from stgen.averaging import AveragedWeights, power_decay, power_gamma
+from stgen import STGenPipeline
+from stgen.averaging import (
+    AveragedWeights,
+    power_decay,
+    power_gamma,
+    reconstruct_average,
+    snapshots,
+    write_average,
+)
+from stgen.cli import app
 
 
 def walk(model: torch.nn.Module, step: int) -> None:
@@ -149,6 +158,68 @@ def test_averages_of_another_model_are_refused(tmp_path: Path) -> None:
         AveragedWeights(torch.nn.Linear(3, 2, bias=False)).load(tmp_path)
     with pytest.raises(ValueError, match=r"power-0.050.safetensors"):
         AveragedWeights(torch.nn.Linear(3, 2), "power").load(tmp_path)
+
+
+# --- Averages of any width, afterwards ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [0.03, 0.06, 0.08, 0.12, 0.2])
+def test_snapshots_add_up_to_the_average_of_any_width(width: float, tmp_path: Path) -> None:
+    """A random walk of weights, in steps of two sizes: the average rebuilt from 34 snapshots beside one that was kept."""
+    model = torch.nn.Linear(8, 8)
+    averaged, gamma, batch, samples, snapshots = AveragedWeights(model, "power"), power_gamma(width), 4, 0, 0
+    kept = torch.zeros(8, 8, dtype=torch.float64)
+    for step in range(1, 700):
+        walk(model, step)
+        batch = 4 if samples < 1024 else 2  # another batch size from there on
+        samples += batch
+        averaged.update(step, samples, batch)
+        kept += (1 - power_decay(samples, batch, gamma)) * (model.weight.detach() - kept)
+        if averaged.is_due(samples, batch, every=56, total=10**6):
+            averaged.snapshot(tmp_path, samples)
+            snapshots, expected, end = snapshots + 1, kept.clone(), samples
+    assert snapshots == samples // 56 == 34
+    rebuilt = reconstruct_average(tmp_path, width)["weight"]
+    assert rebuilt.dtype == torch.float32
+    error = (rebuilt - expected).norm() / expected.norm()
+    assert error < 3e-4, (width, error)
+    with pytest.raises(ValueError, match=r"samples is 5, allowed: one of the run's snapshots: 56, 112"):
+        reconstruct_average(tmp_path, width, 5)
+    earlier = reconstruct_average(tmp_path, width, end - 56)["weight"]
+    assert (earlier - expected).norm() > 10 * (rebuilt - expected).norm()
+
+
+def test_too_few_snapshots_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run is .*, allowed: one with snapshots in averages/"):
+        reconstruct_average(tmp_path, 0.08)
+    averaged = AveragedWeights(torch.nn.Linear(2, 2), "power")
+    averaged.snapshot(tmp_path, 8)
+    with pytest.raises(
+        ValueError, match=r"width is 0.2, allowed: those that 1 snapshots add up to; this one is \d+% off"
+    ):
+        reconstruct_average(tmp_path, 0.2)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_any_average_of_it_is_made_of(training_world: Path, tmp_path: Path) -> None:
+    """`optimizer.average=power`, then `stgen average`: a folder that opens."""
+    power = ("optimizer.average=power", "optimizer.snapshot_every=4", "samples=64", "log_every=100")
+    run_training(training_world, tmp_path / "whole", *power)
+    names = [path.name for path in snapshots(tmp_path / "whole").values()]
+    assert names == [f"samples-{n}" for n in range(4, 65, 4)]
+    out = tmp_path / "out"
+    app(["average", "--run", f"{tmp_path}/whole", "--width", "0.1", "--out", f"{out}"], standalone_mode=False)
+    rebuilt, kept = (
+        STGenPipeline.from_pretrained(f).transformer.state_dict() for f in (out, tmp_path / "whole/export")
+    )
+    raw = STGenPipeline.from_pretrained(out, variant="raw").transformer.state_dict()
+    off = {name: (rebuilt[name] - kept[name]).norm() / (raw[name] - kept[name]).norm().clamp(min=1e-9) for name in kept}
+    assert max(off.values()) < 1e-3, "the width that was kept and exported"
+    write_average(tmp_path / "whole", 0.2, tmp_path / "wide")
+    wide = STGenPipeline.from_pretrained(tmp_path / "wide").transformer.state_dict()
+    assert any(not torch.equal(wide[name], rebuilt[name]) for name in wide)
+    with pytest.raises(ValueError, match="a new or empty folder"):
+        write_average(tmp_path / "whole", 0.1, out)
 
 
 # --- Weights that are split over processes ------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from stgen.checkpoint import MANIFEST, checkpoints, sha256
 pytestmark = pytest.mark.slow
 
 PROCESSES = {"cpu": 1, "ddp_cpu": 2, "zero1_cpu": 2, "zero2_cpu": 2, "zero3_cpu": 2}
+TIMING = ("time", "samples_per_second", "tokens_per_second", "mfu")
 SETTINGS = ["samples=32", "checkpoint_every=1", "log_every=3", "keep_checkpoints=1", "accumulate=2"]
 
 
@@ -53,13 +54,13 @@ def kill_at_random(run: Run, checkpoint_folder: Path, dice: random.Random) -> st
 
 
 def outcome(folder: Path) -> tuple[list[dict], dict[str, str], dict[str, str]]:
-    """The rows of metrics.jsonl without the time; name and digest of all files of the last checkpoint, and the export."""
+    """The rows of metrics.jsonl without times; name and digest of all files of the last checkpoint, and the export."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     saved = json.loads((checkpoints(folder)[-1] / MANIFEST).read_text())
     export = {path.relative_to(folder).as_posix(): sha256(path) for path in (folder / "export").rglob("*.safetensors")}
     # Random states hold global generators, which no draw of a run is taken from.
     files = {name: entry["sha256"] for name, entry in saved.items() if not name.startswith("random_states")}
-    return [{k: v for k, v in row.items() if k != "time"} for row in rows], files, export
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows], files, export
 
 
 def disturb(world: Path, name: str, strategy: str, kills: int, seed: int) -> list[str]:

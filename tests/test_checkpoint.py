@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import ACCELERATE, launch_arguments
@@ -46,6 +48,12 @@ class Trainer:
 
     def resume(self) -> Progress:
         return resume(self.accelerator, self.run)
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_left() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -182,9 +190,10 @@ def test_losses_between_two_rows_are_saved_with_the_checkpoint() -> None:
         {"loss": torch.tensor(0.7)},
         {"loss": torch.tensor(0.4), "kl": torch.tensor(3.0)},
     ]
-    for i, row in enumerate(rows):
+    for row in rows:
         whole.add(row)
-        (first if i < 2 else second).add(row) if i < 2 else None
+    for row in rows[:2]:
+        first.add(row)
     second.load_state_dict(first.state_dict())
     second.add(rows[2])
     assert second.take() == whole.take()
@@ -213,7 +222,7 @@ def test_a_launch_configuration_is_what_its_name_says(path: Path) -> None:
     name = path.stem
     found = launch_arguments(name)
     on_cpu = name.endswith("cpu")
-    stage = next((int(name[4]) for _ in [0] if name.startswith("zero")), None)
+    stage = int(name[4]) if name.startswith("zero") else None
     assert found.num_processes == (1 if name in ("cpu", "gpu") else 2 if on_cpu else 8)
     assert found.mixed_precision == ("no" if on_cpu else "bf16")
     assert bool(found.use_deepspeed) == (stage is not None)
