@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from stgen.averaging import is_zero3, local_part, whole
 from stgen.tracking import make_trackers
 
 Item = TypeVar("Item")
@@ -77,12 +79,21 @@ def make_accelerator(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
     if in_force == DistributedType.DEEPSPEED:
+        # Under ZeRO-3 transformers would split a text encoder over all processes, which one alone loads: it would hang.
+        accelerator.state.deepspeed_plugin.dschf = None
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": batch_size,
             "train_batch_size": batch_size * accumulate * world_size,
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": max_grad_norm,
         }
+        precision = accelerator.mixed_precision
+        if precision != "no":
+            # Weights stay float32 and operations choose, as everywhere else; DeepSpeed's own bf16 rounds the weights.
+            accelerator.state.deepspeed_plugin.deepspeed_config |= {
+                precision: {"enabled": False},
+                "torch_autocast": {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]},
+            }
     return accelerator
 
 
@@ -124,18 +135,24 @@ class StopRequests:
 
 @contextmanager
 def full_weights(model: torch.nn.Module) -> Iterator[None]:
-    """Within, each parameter of `model` is whole on every process, to be read and saved; all processes enter it.
+    """Within, `model` has all of its weights on this process, to be read and saved. All processes enter it.
 
-    That takes something under ZeRO-3 alone, where a process has a slice of each. What is written to them within is lost then.
+    Under ZeRO-3 and FSDP2, where a process has a part of each, it has copies in their place: what is written to them is lost
+    at the end. A forward pass is that of all processes together, and not for within.
     """
-    split = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not split:
+    split = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (is_zero3(parameter) or isinstance(parameter, DTensor))
+    ]
+    for place, name, parameter in split:
+        place[name] = torch.nn.Parameter(whole(local_part(parameter), parameter), parameter.requires_grad)
+    try:
         yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(split):
-        yield
+    finally:
+        for place, name, parameter in split:
+            place[name] = parameter
 
 
 def set_batch(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:

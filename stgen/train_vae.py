@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
-from stgen.accelerator import make_accelerator, share_out, stop_on_value_error
+from stgen.accelerator import full_weights, make_accelerator, share_out, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
@@ -199,14 +198,14 @@ def measure_latents(
 
     Every cell counts once, so of clips of several shapes the longer and larger ones count for more.
     """
-    z = vae.config.latent_channels
-    sums = torch.zeros(3, z, dtype=torch.float64)  # of values, of squares, and how many
-    mine = range(accelerator.process_index, clips, accelerator.num_processes)
-    for position in tqdm(mine, "latent statistics", disable=not accelerator.is_main_process):
+
+    def sums(position: int) -> Tensor:
+        """`3 z`: of values, of squares, and how many."""
         video = to_pixels(dataset[position]["video"])[None].to(accelerator.device, vae.dtype)
         latents = vae.encode(video).latent_dist.mode().double().cpu().transpose(0, 1).flatten(1)
-        sums += torch.stack([latents.sum(1), latents.square().sum(1), torch.full((z,), latents.shape[1])])
-    total, squares, count = accelerator.reduce(sums.to(accelerator.device)).cpu()
+        return torch.stack([latents.sum(1), latents.square().sum(1), torch.ones_like(latents).sum(1)])
+
+    total, squares, count = torch.stack(share_out(accelerator, range(clips), sums, "latent statistics")).sum(0)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     # A channel that never changes has nothing to scale; dividing by 0 would make it NaN.
@@ -245,8 +244,7 @@ class Validator:
         values = {name: [score[name] for score in found if score[name] is not None] for name in self.MEASURES}
         means = {f"validation/{name}": sum(some) / len(some) for name, some in values.items() if some}
         self.accelerator.log({**means, "samples": samples}, step)
-        if self.accelerator.is_main_process:
-            self._draw(vae, step)
+        self._draw(vae, step)
         self.accelerator.wait_for_everyone()
         return means["validation/perceptual_distance"]
 
@@ -257,15 +255,16 @@ class Validator:
         return vae(truth.to(vae.dtype)).sample.float()
 
     def _draw(self, vae: AutoencoderKLSTGen, step: int) -> None:
-        """The sheet: of the first clips, those of the first one's shape."""
+        """The sheet: of the first clips, those of the first one's shape. Under ZeRO-3 a forward takes all processes."""
         truths = [self._truth(i) for i in range(min(self.clips, self.SHEET_CLIPS))]
         labels = [self.dataset.row(i)["caption"] for i, truth in enumerate(truths) if truth.shape == truths[0].shape]
         truth = torch.cat([truth for truth in truths if truth.shape == truths[0].shape])
         reconstruction = torch.cat([self._reconstruct(vae, clip) for clip in truth.split(1)])
         scale = max(1, 64 // truth.shape[3])
         path, title = self.folder / f"step-{step}.png", f"held-out clips, step {step}"
-        reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
-        log_picture(self.accelerator, "reconstructions", path, step)
+        if self.accelerator.is_main_process:
+            reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+            log_picture(self.accelerator, "reconstructions", path, step)
 
 
 def export(
@@ -282,11 +281,13 @@ def export(
     with averaged.applied():
         mean, std = measure_latents(vae, dataset, config.statistics_clips, accelerator)
         vae.register_to_config(latents_mean=mean, latents_std=std)
+        with full_weights(vae):
+            if accelerator.is_main_process:
+                vae.save_pretrained(folder)
+    with full_weights(vae):
         if accelerator.is_main_process:
-            vae.save_pretrained(folder)
-    if accelerator.is_main_process:
-        vae.save_pretrained(folder, variant="raw")
-        print(f"the VAE is in {folder}")
+            vae.save_pretrained(folder, variant="raw")
+            print(f"the VAE is in {folder}")
     accelerator.wait_for_everyone()
 
 

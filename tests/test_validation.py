@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
-from conftest import losses_of, run_training
+from conftest import run_training
 
 
 @pytest.fixture(scope="module")
 def validated(training_world: Path, tmp_path_factory) -> tuple[Path, list[dict]]:
     run = tmp_path_factory.mktemp("validated") / "run"
-    settings = f"validation={{path: {training_world}/heldout, clips: 3, every: 3, times: [0.2, 0.5], sampling_steps: 2}}"
+    settings = (
+        f"validation={{path: {training_world}/heldout, clips: 3, every: 3, times: [0.2, 0.5], sampling_steps: 2}}"
+    )
     return run, run_training(training_world, run, settings)
 
 
