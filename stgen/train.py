@@ -7,6 +7,7 @@ that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, t
 import itertools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stgen.accelerator import full_model, make_accelerator, stop_on_value_error
+from stgen.accelerator import full_weights, make_accelerator, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
 from stgen.data.color import to_pixels
@@ -274,22 +275,20 @@ def export(
         scheduler = make_scheduler(resolve_stages(config)[-1].flow)
 
     def save(variant: str | None) -> None:
-        full = full_model(model)
-        if not accelerator.is_main_process:
-            return
         if config.lora is not None and not merge:
-            save_lora(full, folder, variant)
+            save_lora(model, folder, variant)
             return
-        transformer = full if config.lora is None else merged(full)
+        transformer = model if config.lora is None else merged(model)
         if variant is None:
             pipeline = STGenPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
             pipeline.save_pretrained(folder)
         else:
             transformer.save_pretrained(folder / "transformer", variant=variant)
 
-    save("raw")
-    with averaged.applied():
-        save(None)
+    for variant, weights in (("raw", nullcontext()), (None, averaged.applied())):
+        with weights, full_weights(model):
+            if accelerator.is_main_process:
+                save(variant)
     accelerator.print(f"the {'pipeline' if config.lora is None or merge else 'LoRA'} is in {folder}")
     accelerator.wait_for_everyone()
 

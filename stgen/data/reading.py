@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -609,5 +610,17 @@ def clip_loader(
         require(start % batch_size == 0, "start", start, f"a multiple of batch_size={batch_size}")
     sampler = BatchPositions(start, batch_size, rank, world_size)
     samples = _ErrorsAsSamples(dataset)
-    loader = DataLoader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=_collate_or_hand_on)
+    loader = DataLoader(
+        samples,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate_or_hand_on,
+        worker_init_fn=_leave_signals,
+    )
     return _raise_errors(iter(loader))
+
+
+def _leave_signals(worker: int) -> None:
+    """Who preempts a run signals all of its processes; loader workers serve on until the training process has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
