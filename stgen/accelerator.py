@@ -13,19 +13,19 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, gather_object
-from diffusers import ModelMixin
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from stgen.averaging import is_zero3, local_part, whole
-from stgen.tracking import JsonlTracker
+from stgen.tracking import make_trackers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-ModelT = TypeVar("ModelT", bound=ModelMixin)
 
 
-def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm: float) -> Accelerator:
+def make_accelerator(
+    run: Path, batch_size: int, accumulate: int, max_grad_norm: float, trackers: Sequence[str] = ()
+) -> Accelerator:
     """The Accelerator of a training run, checked against what `accelerate launch` asked for.
 
     Mixed precision and the distributed strategy come from the launch command or its config file; what the run's own
@@ -33,6 +33,7 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
 
     Args:
         batch_size: samples of one process in one forward.
+        trackers: names of `stgen.tracking.TRACKERS`, beside metrics.jsonl.
 
     Raises:
         ValueError: the strategy in force is not the one asked for, or one that is known to train wrongly here.
@@ -59,7 +60,7 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
         cpu=on_cpu and not asked_deepspeed,
         gradient_accumulation_steps=accumulate,
         kwargs_handlers=handlers,
-        log_with=[JsonlTracker(run)],
+        log_with=make_trackers(trackers, run),
     )
 
     in_force = accelerator.distributed_type
@@ -78,12 +79,21 @@ def make_accelerator(run: Path, batch_size: int, accumulate: int, max_grad_norm:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
     if in_force == DistributedType.DEEPSPEED:
+        # Under ZeRO-3 transformers would split a text encoder over all processes, which one alone loads: it would hang.
+        accelerator.state.deepspeed_plugin.dschf = None
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": batch_size,
             "train_batch_size": batch_size * accumulate * world_size,
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": max_grad_norm,
         }
+        precision = accelerator.mixed_precision
+        if precision != "no":
+            # Weights stay float32 and operations choose, as everywhere else; DeepSpeed's own bf16 rounds the weights.
+            accelerator.state.deepspeed_plugin.deepspeed_config |= {
+                precision: {"enabled": False},
+                "torch_autocast": {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]},
+            }
     return accelerator
 
 
@@ -123,19 +133,26 @@ class StopRequests:
             signal.signal(number, handler)
 
 
-def full_model(model: ModelT) -> ModelT:
-    """The model with all of its weights on this process, to be run and saved: itself if it has them, else a copy.
+@contextmanager
+def full_weights(model: torch.nn.Module) -> Iterator[None]:
+    """Within, `model` has all of its weights on this process, to be read and saved. All processes enter it.
 
-    Under ZeRO-3 and FSDP2 a process has a part of each weight, and its forward pass is that of all processes together. The
-    copy takes the memory of the weights on every process. All processes call it.
+    Under ZeRO-3 and FSDP2, where a process has a part of each, it has copies in their place: what is written to them is lost
+    at the end. A forward pass is that of all processes together, and not for within.
     """
-    if not any(is_zero3(parameter) or isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model
-    full = type(model).from_config(model.config)
-    for name, adapter in getattr(model, "peft_config", {}).items():
-        full.add_adapter(adapter, name)
-    full.load_state_dict({name: whole(local_part(t), t) for name, t in model.state_dict(keep_vars=True).items()})
-    return full.to(next(model.parameters()).device).train(model.training)
+    split = [
+        (module._parameters, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and (is_zero3(parameter) or isinstance(parameter, DTensor))
+    ]
+    for place, name, parameter in split:
+        place[name] = torch.nn.Parameter(whole(local_part(parameter), parameter), parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for place, name, parameter in split:
+            place[name] = parameter
 
 
 def set_batch(accelerator: Accelerator, batch_size: int, accumulate: int) -> None:

@@ -4,6 +4,7 @@ A rank's part of a parameter is all of it under DDP and ZeRO-1 and -2, its slice
 its local tensor under FSDP2. Averaging is elementwise, so no step gathers anything; only what leaves the run is whole.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stgen.config import require
+from stgen.durable import sync
 
 # --- Profiles -----------------------------------------------------------------------------------------------------
 
@@ -52,8 +54,18 @@ def power_decay(samples: int, batch: int, gamma: float) -> float:
     return (1 - batch / samples) ** (gamma + 1)
 
 
+PROFILES = ("exponential", "power")
 WIDTHS = (0.05, 0.10)
-"""sigma_rel of the averages that `profile: power` keeps: two, which EDM2 rebuilds any other from."""
+"""sigma_rel of the averages that the profile `power` keeps: two, as EDM2 does."""
+
+SNAPSHOTS = "averages"
+"""Folder of a run with the snapshots of its averages."""
+
+
+def power_name(width: float) -> str:
+    """What the average of this width is called in files."""
+    return f"power-{width:.3f}"
+
 
 # --- The part of a parameter that this process holds --------------------------------------------------------------
 
@@ -132,8 +144,8 @@ class AveragedWeights:
         if profile == "exponential":
             self.decays = {"exponential": lambda step, samples, batch: exponential_decay(step, decay)}
         else:
-            require(profile == "power", "profile", profile, "exponential or power")
-            self.decays = {f"power-{width:.3f}": self._power(width) for width in WIDTHS}
+            require(profile in PROFILES, "profile", profile, ", ".join(PROFILES))
+            self.decays = {power_name(width): self._power(width) for width in WIDTHS}
         self.averages = {name: [part.float().clone() for part in self._parts()] for name in self.decays}
         self.exported = list(self.decays)[-1]
         """The average that the model gets; of several, the widest."""
@@ -148,18 +160,20 @@ class AveragedWeights:
         return [local_part(parameter) for parameter in self.parameters.values()]
 
     @torch.no_grad()
-    def update(self, step: int, samples: int, batch: int, taken: Tensor | None = None) -> None:
+    def update(self, step: int, samples: int, batch: int, taken: bool | Tensor = True) -> None:
         """Takes in the weights after optimizer step number `step`, from 1, of `batch` samples, which brought the run to
         `samples`. Nothing is gathered, and a GPU is not waited for.
 
         Args:
-            taken: 1 or 0 on the device, for a step that may have been skipped without this process knowing yet; 0
-                leaves the averages as they are.
+            taken: False for a step that was skipped, which leaves the averages as they are; or 1.0 or 0.0 on the device,
+                for one of which this process does not know yet.
         """
+        if taken is False:
+            return
         parts = self._parts()
         for name, average in self.averages.items():
             difference = torch._foreach_sub(average, parts)
-            if taken is not None:
+            if isinstance(taken, Tensor):
                 torch._foreach_mul_(difference, taken)
             torch._foreach_sub_(average, difference, alpha=1 - self.decays[name](step, samples, batch))
 
@@ -238,7 +252,133 @@ class AveragedWeights:
             with safe_open(path, "pt") as file:
                 self.load_state_dict({key: file.get_tensor(key) for key in file.keys()}, name)  # noqa: SIM118
 
+    @staticmethod
+    def is_due(samples: int, batch: int, every: int, total: int) -> bool:
+        """Whether the step that ends after `samples` is the first after another `every` samples, or the last of `total`."""
+        return every > 0 and (samples // every > (samples - batch) // every or samples >= total)
+
+    def snapshot(self, run: str | Path, samples: int) -> None:
+        """Saves the averages as `run/averages/samples-N`, whole under that name. All processes call it."""
+        final = Path(run) / SNAPSHOTS / f"samples-{samples}"
+        temporary = final.with_name(final.name + ".tmp")
+        if is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.save(temporary)
+        if is_first():
+            for path in temporary.iterdir():
+                sync(path)
+            shutil.rmtree(final, ignore_errors=True)  # of a run that went back to its checkpoint and came here again
+            temporary.rename(final)
+            sync(final.parent)
+
     def register(self, accelerator: Accelerator) -> None:
         """Has the averages saved and loaded with every checkpoint of the accelerator, as `averages/` in its folder."""
         accelerator.register_save_state_pre_hook(lambda models, weights, folder: self.save(Path(folder) / "averages"))
         accelerator.register_load_state_pre_hook(lambda models, folder: self.load(Path(folder) / "averages"))
+
+
+# --- Averages of any width, afterwards ----------------------------------------------------------------------------
+
+
+def profile_products(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """Inner products `n m` of power profiles, each given as its times and gammas, float64 `n` and `m`.
+
+    The profile of an average at time T is p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T], so with the earlier time T1 and
+    the later T2, whose gamma is G: <p_a, p_b> = (gamma_a + 1) (gamma_b + 1) / (gamma_a + gamma_b + 1) (T1 / T2)^G / T2.
+    """
+    (time_a, gamma_a), (time_b, gamma_b) = (a[0][:, None], a[1][:, None]), b
+    later = torch.maximum(time_a, time_b)
+    ratio = torch.minimum(time_a, time_b) / later
+    decay = ratio ** torch.where(time_a < time_b, gamma_b, gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * decay / later
+
+
+def snapshot_weights(times: Tensor, gammas: Tensor, time: float, gamma: float) -> tuple[Tensor, float]:
+    """How much of each snapshot the average of `gamma` at `time` is: the x that brings sum x_i p_i closest to its profile in
+    the square, A x = b with the inner products A of the snapshots' profiles and b with the wanted one (EDM2, section 3.2).
+
+    Args:
+        times: of the snapshots, float64 `n`, above 0 up to `time`.
+        gammas: float64 `n`.
+
+    Returns:
+        x, float64 `n`, and the norm of what is left of the wanted profile, relative to its own.
+    """
+    kept = times / time, gammas  # shares of the run are well scaled, samples are not
+    wanted = times.new_ones(1), times.new_tensor([gamma])
+    products, targets = profile_products(kept, kept), profile_products(kept, wanted)[:, 0]
+    # Profiles that lie close together are nearly the same; least squares takes the smallest of many solutions.
+    x = torch.linalg.lstsq(products, targets[:, None], driver="gelsd").solution[:, 0]
+    left = profile_products(wanted, wanted).item() + (x @ products @ x - 2 * x @ targets).item()
+    return x, (max(0.0, left) / profile_products(wanted, wanted).item()) ** 0.5
+
+
+def snapshots(run: str | Path) -> dict[int, Path]:
+    """The folders of a run's snapshots by their samples, earliest first."""
+    found = {path.name.removeprefix("samples-"): path for path in (Path(run) / SNAPSHOTS).glob("samples-*")}
+    return {int(samples): found[samples] for samples in sorted((s for s in found if s.isdigit()), key=int)}
+
+
+def reconstruct_average(run: str | Path, width: float, samples: int | None = None) -> dict[str, Tensor]:
+    """The weights, by parameter in float32, of the power-function average of any width, from a run's snapshots.
+
+    Args:
+        width: sigma_rel, as a fraction of the samples seen; best no narrower than the narrowest that was kept.
+        samples: where in the run, at one of its snapshots; None is the last one.
+
+    Raises:
+        ValueError: the run has no such snapshot, the width is out of range, or the snapshots are too few for it: the profile
+            that they add up to is more than a tenth off.
+    """
+    gamma, found = power_gamma(width), snapshots(run)
+    require(
+        len(found) > 0, "run", str(run), f"one with snapshots in {SNAPSHOTS}/, as optimizer.average=power leaves them"
+    )
+    end = list(found)[-1] if samples is None else samples
+    require(end in found, "samples", end, f"one of the run's snapshots: {', '.join(map(str, found))}")
+    names = {power_name(kept): power_gamma(kept) for kept in WIDTHS}
+    used = [
+        (time, found[time] / f"{name}.safetensors", g) for time in found if time <= end for name, g in names.items()
+    ]
+    times, gammas = (torch.tensor([row[i] for row in used], dtype=torch.float64) for i in (0, 2))
+    weights, error = snapshot_weights(times, gammas, end, gamma)
+    require(
+        error < 0.1, "width", width, f"those that {len(used) // 2} snapshots add up to; this one is {error:.0%} off"
+    )
+    total: dict[str, Tensor] = {}
+    for (_, path, _), weight in zip(used, weights.tolist(), strict=True):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                value = file.get_tensor(key).double() * weight  # the weights alternate, and their sum is 1
+                total[key] = total[key] + value if key in total else value
+    return {key: value.float() for key, value in total.items()}
+
+
+def write_average(run: str | Path, width: float, out: str | Path, samples: int | None = None) -> None:
+    """Writes `run/export` anew as `out`, with the weights of `reconstruct_average` in the place of its averaged ones.
+
+    Everything else is copied: the weights of the variant `raw`, other components, the statistics of a VAE's latents.
+
+    Raises:
+        ValueError: there is no export, `out` is not empty, or the export is of another model.
+    """
+    export, out = Path(run) / "export", Path(out)
+    require(export.is_dir(), "run", str(run), "one that has its export/")
+    require(not out.exists() or not any(out.iterdir()), "out", str(out), "a new or empty folder")
+    # A VAE is trained inside its objective.
+    average = {key.removeprefix("vae."): value for key, value in reconstruct_average(run, width, samples).items()}
+    shutil.copytree(export, out, dirs_exist_ok=True)
+    trained = out / "transformer" if (out / "transformer").is_dir() else out
+    for path in sorted(trained.glob("diffusion_pytorch_model*.safetensors")):
+        if ".raw" in path.name:
+            continue
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for key in tensors.keys() & average.keys():
+            value = average.pop(key)
+            require(
+                value.shape == tensors[key].shape, f"shape of {key}", tuple(value.shape), f"{tuple(tensors[key].shape)}"
+            )
+            tensors[key] = value.to(tensors[key].dtype)
+        save_file(tensors, path, metadata)
+    require(not average, f"averaged weights of {run}", sorted(average)[:3], f"those of {trained}")

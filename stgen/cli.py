@@ -213,6 +213,22 @@ def batch(
 
 
 @app.command()
+def average(
+    run: Annotated[Path, typer.Option(help="run folder of a training with optimizer.average=power")],
+    width: Annotated[
+        float, typer.Option(help="sigma_rel, the width of the average as a fraction of the run, e.g. 0.08")
+    ],
+    out: Annotated[Path, typer.Option(help="folder to write, new or empty: the run's export with other weights")],
+    samples: Annotated[Optional[int], typer.Option(help="snapshot to end at; none is the last one")] = None,
+) -> None:
+    """Averages a run's weights anew, as wide as you like, from the snapshots that it left (EDM2's post-hoc EMA)."""
+    from stgen.averaging import write_average
+
+    write_average(run, width, out, samples)
+    print(out)
+
+
+@app.command()
 def evaluate(
     pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
     data: Annotated[str, typer.Option(help="shard folder of held-out clips")],

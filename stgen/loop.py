@@ -16,8 +16,15 @@ from stgen.averaging import AveragedWeights
 from stgen.checkpoint import best_score, check_global_batch, checkpoints, resume, save_checkpoint, share_weights
 from stgen.config import flatten_config, require, save_config, under
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader
-from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
-from stgen.tracking import LossLog, progress_bar
+from stgen.optimization import (
+    FiniteSteps,
+    OptimizerConfig,
+    all_or_nothing,
+    describe_optimizer,
+    learning_rate,
+    make_optimizer,
+)
+from stgen.tracking import TRACKERS, LossLog, Throughput, progress_bar, show_row
 
 
 @dataclass
@@ -42,15 +49,23 @@ class LoopConfig:
     """Checkpoints kept: the last so many, and the one that validated best."""
     log_every: int = 20
     """Optimizer steps between rows of metrics.jsonl."""
+    trackers: list[str] = field(default_factory=list)
+    """Who gets these rows too, and the pictures: tensorboard, wandb."""
+    peak_flops: float | None = None
+    """FLOP/s of one device, for MFU; null looks it up by the GPU's name (bf16)."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for tracker in self.trackers:
+            require(tracker in TRACKERS, "trackers", tracker, ", ".join(TRACKERS))
+        require(self.peak_flops is None or self.peak_flops > 0, "peak_flops", self.peak_flops, "above 0, or null")
 
 
 MAY_CHANGE = (
     *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips"),
+    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips", "trackers", "peak_flops"),
+    *("optimizer.max_nonfinite", "optimizer.snapshot_every"),
     "validation",
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
@@ -116,6 +131,7 @@ def fit(
     compute_losses: Callable[[torch.nn.Module, dict[str, Any], int], dict[str, Tensor]],
     after_backward: Callable[[int], dict[str, Tensor]] = lambda samples: {},
     after_step: Callable[[AveragedWeights, int, int], float | None] = lambda averaged, step, samples: None,
+    tokens: Callable[[tuple[int, int, int]], int] | None = None,
 ) -> AveragedWeights:
     """Trains `model` to `config.samples` clips, from the newest checkpoint of the run if there is one.
 
@@ -129,18 +145,22 @@ def fit(
             with an optimizer of its own. Returns more scalars to log.
         after_step: told the averaged weights, the optimizer steps done and the clips seen, after every step. Returns the
             score of a validation, lower is better, or None without one; the best so far is worth a checkpoint.
+        tokens: how many a clip of (frames, height, width) is to the model, if it has tokens.
 
     Returns:
         The averaged weights of the trainable parameters of `model`.
     """
     run = Path(config.run)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, config.optimizer))
-    averaged = AveragedWeights(model, decay=config.optimizer.ema_decay)
+    accelerator.print(describe_optimizer(model, config.optimizer))
+    made = make_optimizer(model, config.optimizer, accelerator.distributed_type)
+    wrapped, optimizer = accelerator.prepare(model, made)
+    averaged = AveragedWeights(model, config.optimizer.average, config.optimizer.ema_decay)
     averaged.register(accelerator)
-    log = LossLog(accelerator)
-    accelerator.register_for_checkpointing(log)
+    log, finite = LossLog(accelerator), FiniteSteps(optimizer, config.optimizer.max_nonfinite)
+    accelerator.register_for_checkpointing(log, finite)
     share_weights(accelerator)
-    accelerator.init_trackers("stgen")
+    accelerator.init_trackers("stgen", {key: str(value) for key, value in flatten_config(config).items()})
+    speed = Throughput(accelerator, model, config.peak_flops, tokens)
 
     progress = resume(accelerator, run)
     step, samples, best = progress.step, progress.samples, best_score(run)
@@ -148,6 +168,7 @@ def fit(
     bar = progress_bar(config.samples, samples, accelerator.is_main_process, run.name)
     stop = StopRequests(accelerator)
     while samples < config.samples:
+        speed.start()
         number = stage_at(stages, samples)
         stage, now = stages[number], stages[number].config
         if number != entered:
@@ -159,24 +180,29 @@ def fit(
             group["lr"] = learning_rate(now.optimizer, samples, config.samples)
         for _ in range(now.accumulate):
             with accelerator.accumulate(wrapped):
-                losses = compute_losses(wrapped, next(batches), samples)
-                accelerator.backward(losses["loss"])
+                batch = next(batches)
+                speed.see(batch)
+                losses = compute_losses(wrapped, batch, samples)
+                accelerator.backward(all_or_nothing(losses["loss"]))
                 if accelerator.sync_gradients:
                     for parameter in stage.frozen:
                         parameter.grad = None
-                    accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.max_grad_norm)
-                optimizer.step()
+                    norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.max_grad_norm)
+                    taken = finite.take(norm, step + 1, samples, global_batch)
                 optimizer.zero_grad()
                 log.add(losses | after_backward(samples))
         step, samples = step + 1, samples + global_batch
-        averaged.update(step, samples, global_batch)
+        averaged.update(step, samples, global_batch, taken)
+        if averaged.is_due(samples, global_batch, config.optimizer.snapshot_every, config.samples):
+            averaged.snapshot(run, samples)
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
-            values = log.take()
+            values = log.take() | {"nonfinite": finite.count()} | speed.take()
             place = {"samples": samples, "stage": number} if len(stages) > 1 else {"samples": samples}
             accelerator.log({**values, **place, "lr": optimizer.param_groups[0]["lr"]}, step)
             shown = {**values, "stage": number} if len(stages) > 1 else values
-            bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
+            show_row(bar, shown)
+        speed.stop()
         score = after_step(averaged, step, samples)
         better, stopping = score is not None and score < best, stop.any()
         if step % config.checkpoint_every == 0 or samples >= config.samples or better or stopping:

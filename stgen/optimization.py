@@ -1,17 +1,33 @@
-"""Optimizer and learning rate, counted in samples."""
+"""Optimizers, the learning rate counted in samples, and the steps that are not taken because a number is not finite."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from stgen.averaging import PROFILES
 from stgen.config import require
+
+# --- Configuration ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101), warm-up and cosine decay, averaged weights."""
+    """Optimizer, schedule and averaged weights."""
 
+    name: str = "adamw"
+    """adamw (Loshchilov & Hutter 2017, arXiv:1711.05101). adamw_8bit: with both moments in 8 bits (Dettmers et al. 2021,
+    arXiv:2110.02861; bitsandbytes). muon: orthogonalised momentum for the matrices inside the blocks, adamw for all else (Jordan
+    et al. 2024; steps scaled to AdamW's as in Moonlight, arXiv:2502.16982, so `lr` and `weight_decay` are those of adamw).
+    prodigy: finds its own step size, so `lr` is a factor, best 1 (Mishchenko & Defazio 2023, arXiv:2306.06101)."""
     lr: float = 1e-4
     """Highest learning rate."""
     beta2: float = 0.99
@@ -20,35 +36,300 @@ class OptimizerConfig:
     """Decoupled weight decay; 1D parameters (norms, biases) are not decayed."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm once an optimizer step."""
+    schedule: str = "cosine"
+    """After the warm-up. cosine: down to the run's end. constant. wsd: constant, then down over the last `decay` of the run
+    (warm-up, stable, decay; MiniCPM, Hu et al. 2024, arXiv:2404.06395): a run that has not begun to decay may be given more
+    `samples` and is then the longer run to the bit."""
     warmup: int = 1000
     """Samples over which the learning rate rises linearly from 0."""
+    decay: float = 0.0
+    """With wsd: share of the run's samples over which the rate falls, above 0 up to 1."""
+    decay_shape: str = "linear"
+    """With wsd: linear; or 1-sqrt, that is 1 - sqrt(share of the decay that is over) (Haegele et al. 2024, arXiv:2405.18392)."""
     final_lr: float = 0.0
-    """Learning rate that the cosine ends at, relative to `lr`."""
+    """Learning rate that the schedule ends at, relative to `lr`."""
+    max_nonfinite: int = 20
+    """Optimizer steps in a row whose loss or gradient is not finite, at which the run stops; fewer are skipped. fp16 finds
+    its loss scale by such steps."""
+    average: str = "exponential"
+    """How weights are averaged. exponential: see `ema_decay`. power: averages as wide as a share of the run, from whose
+    snapshots `stgen average` makes that of any width afterwards (EDM2, Karras et al. 2024, arXiv:2312.02696)."""
     ema_decay: float = 0.9999
-    """Highest decay of the averaged weights; it is warmed up as 1 - (1 + step)^(-3/4)."""
+    """Highest decay of the exponential average; it is warmed up as 1 - step^(-3/4)."""
+    snapshot_every: int = 0
+    """With power: samples between snapshots of the averages, each twice the size of the weights in float32."""
 
     def __post_init__(self) -> None:
+        for name, table in (("name", OPTIMIZERS), ("schedule", SCHEDULES), ("decay_shape", DECAY_SHAPES)):
+            require(getattr(self, name) in table, f"optimizer.{name}", getattr(self, name), ", ".join(table))
+        require(self.average in PROFILES, "optimizer.average", self.average, ", ".join(PROFILES))
         require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
         require(0 < self.beta2 < 1, "optimizer.beta2", self.beta2, "between 0 and 1")
         require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "above 0")
         require(self.warmup >= 0, "optimizer.warmup", self.warmup, "0 or more")
+        if self.schedule == "wsd":
+            require(0 < self.decay <= 1, "optimizer.decay", self.decay, "above 0, up to 1, with schedule wsd")
+        else:
+            require(self.decay == 0, "optimizer.decay", self.decay, f"0 with schedule {self.schedule}")
+            require(self.decay_shape == "linear", "optimizer.decay_shape", self.decay_shape, "linear without wsd")
         require(0 <= self.final_lr <= 1, "optimizer.final_lr", self.final_lr, "0 to 1")
+        require(self.max_nonfinite >= 1, "optimizer.max_nonfinite", self.max_nonfinite, "1 or more")
         require(0 <= self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "0 up to, not including, 1")
+        if self.average == "power":
+            require(self.snapshot_every >= 1, "optimizer.snapshot_every", self.snapshot_every, "1 or more with power")
+        else:
+            require(self.snapshot_every == 0, "optimizer.snapshot_every", self.snapshot_every, f"0 with {self.average}")
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `model`."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr, betas=(0.9, config.beta2))
+# --- Schedules ----------------------------------------------------------------------------------------------------
+
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda over: 1 - over,
+    "1-sqrt": lambda over: 1 - math.sqrt(over),
+}
+"""By name: from the share of the decay that is over to the height, from 1 to 0."""
+
+
+def _cosine(config: OptimizerConfig, over: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * over))
+
+
+def _constant(config: OptimizerConfig, over: float) -> float:
+    return 1.0
+
+
+def _wsd(config: OptimizerConfig, over: float) -> float:
+    return DECAY_SHAPES[config.decay_shape](max(0.0, (over - (1 - config.decay)) / config.decay))
+
+
+SCHEDULES: dict[str, Callable[[OptimizerConfig, float], float]] = {
+    "cosine": _cosine,
+    "constant": _constant,
+    "wsd": _wsd,
+}
+"""By name: from the share of the run that is over to the height, from 1 to 0, without the warm-up."""
 
 
 def learning_rate(config: OptimizerConfig, samples: int, total: int) -> float:
     """The rate after `samples` of `total` samples: a pure function, so there is no scheduler state to resume."""
     warm = min(1.0, samples / config.warmup) if config.warmup else 1.0
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, samples / total)))
-    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * cosine)
+    height = SCHEDULES[config.schedule](config, min(1.0, samples / total))
+    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * height)
+
+
+# --- Optimizers ---------------------------------------------------------------------------------------------------
+
+Groups = list[dict[str, Any]]
+
+
+def _adamw(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    # Fused kernels skip a step by themselves, so that a GPU need not be waited for; on a CPU the plain form stays.
+    fused = True if torch.cuda.is_available() else None
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
+
+
+def _adamw_8bit(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(groups, lr=config.lr, betas=(0.9, config.beta2))
+
+
+def _prodigy(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    from prodigyopt import Prodigy
+
+    # The safeguard keeps the warm-up's small steps out of its estimate of the distance.
+    return Prodigy(groups, lr=config.lr, betas=(0.9, config.beta2), safeguard_warmup=True)
+
+
+def muon_matrices(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The trainable weights of the linear layers in a transformer's blocks, by name: hidden matrices, which is what Muon is for.
+
+    Embeddings, the first and last layers, tables of modulations, norms, biases and convolutions are none. A fused projection
+    (to_qkv, to_kv) is one matrix.
+    """
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and "transformer_blocks" in name.split(".")
+        and module.weight.requires_grad
+    }
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """torch's Muon for some parameter groups and AdamW for the others, as one optimizer with one state."""
+
+    def __init__(self, muon_groups: Groups, adamw_groups: Groups, lr: float, beta2: float) -> None:
+        self.parts = (
+            # match_rms_adamw: a step of 0.2 sqrt(max(rows, columns)) lr, whose root mean square is that of AdamW's steps.
+            torch.optim.Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(adamw_groups, lr=lr, betas=(0.9, beta2)),
+        )
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        """Each part works on its groups and on the state of this one."""
+        first = len(self.parts[0].param_groups)
+        for part, groups in zip(self.parts, (self.param_groups[:first], self.param_groups[first:]), strict=True):
+            part.param_groups, part.state = groups, self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def _muon(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    matrices = muon_matrices(model)
+    require(
+        len(matrices) > 0, "optimizer.name", "muon", "adamw for a model without linear layers in transformer_blocks"
+    )
+    chosen = {id(p) for p in matrices.values()}
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
+    hidden = [{"params": list(matrices.values()), "weight_decay": config.weight_decay}]
+    return MuonAdamW(hidden, [group for group in rest if group["params"]], config.lr, config.beta2)
+
+
+OPTIMIZERS: dict[str, Callable[[torch.nn.Module, Groups, OptimizerConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "muon": _muon,
+    "prodigy": _prodigy,
+}
+PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+"""What stgen's extra `optimizers` brings, by optimizer."""
+
+
+def make_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, strategy: DistributedType = DistributedType.NO
+) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters of `model`.
+
+    Raises:
+        ValueError: its package is missing, the model has nothing for it, or parameters are split in a way that it cannot
+            see through: Muon needs whole matrices, Prodigy sums over all parameters, 8-bit states are cut in blocks.
+    """
+    package = PACKAGES.get(config.name)
+    if package:
+        allowed = f"adamw without the package {package} (stgen's extra `optimizers`)"
+        require(find_spec(package) is not None, "optimizer.name", config.name, allowed)
+    if strategy in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        require(config.name == "adamw", "optimizer.name", config.name, f"adamw under {strategy.value}")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return OPTIMIZERS[config.name](model, [group for group in groups if group["params"]], config)
+
+
+def describe_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> str:
+    """One line: which parameters the optimizer has."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if config.name != "muon":
+        return f"{config.name} on {count:,} parameters"
+    matrices = muon_matrices(model)
+    share = sum(p.numel() for p in matrices.values()) / count
+    kinds = ", ".join(sorted({name.split(".", 2)[-1].removesuffix(".weight") for name in matrices}))
+    return f"muon on {len(matrices)} matrices of the blocks ({kinds}), {share:.0%} of {count:,} parameters; adamw on the rest"
+
+
+# --- Steps that are not taken -------------------------------------------------------------------------------------
+
+
+def all_or_nothing(loss: Tensor) -> Tensor:
+    """The loss, with a gradient of NaN throughout if it is not finite itself.
+
+    Averaging gradients carries the NaN to all processes, so the norm of the gradient tells each of them the same, without a
+    message of its own: a loss that is not finite on one process is no step on any. A finite loss is multiplied by 1.
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor | float | None) -> bool | Tensor:
+    """Takes the optimizer's step if the gradient's norm is finite; if not, weights and optimizer state stay as they are.
+
+    Where the kernel of the optimizer can skip by itself (fused AdamW, the default on a GPU), it is told so on the device and
+    nobody waits. DeepSpeed has stepped, or not, in its backward pass. All other optimizers wait for the norm.
+
+    Returns:
+        Whether the step was taken: a bool, or 1.0 or 0.0 on the device.
+    """
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return not optimizer.step_was_skipped
+    finite = torch.isfinite(norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm))
+    inner: Any = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    scaled = getattr(optimizer, "scaler", None) is not None
+    if inner.defaults.get("fused") and not isinstance(norm, DTensor):
+        if not scaled:  # with a loss scale, GradScaler says so itself
+            inner.found_inf = (~finite).float()
+        optimizer.step()
+        return finite.float()
+    if scaled or finite:  # GradScaler skips, and must see each step to find its scale
+        optimizer.step()
+    return bool(finite)
+
+
+class FiniteSteps:
+    """Counts the steps that `step_if_finite` skips, and ends the run at too many in a row.
+
+    The verdict of a step is read when the next one has been queued, which costs a GPU no pause. It is registered for
+    checkpointing, so that a run that stopped goes on counting.
+
+    Args:
+        limit: skipped steps in a row at which `ValueError` is raised, on all processes alike.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, limit: int) -> None:
+        self.optimizer, self.limit = optimizer, limit
+        self.skipped, self.in_a_row = 0, 0
+        self._pending: tuple[bool | Tensor, torch.cuda.Event | None, str] | None = None
+
+    def take(self, norm: Tensor | float | None, step: int, samples: int, batch: int) -> bool | Tensor:
+        """Step number `step`, on the samples at positions `samples` to `samples + batch - 1`; see `step_if_finite`.
+
+        Raises:
+            ValueError: so many before it were skipped.
+        """
+        self._settle()
+        taken = step_if_finite(self.optimizer, norm)
+        where, event, verdict = f"step {step}, samples {samples} to {samples + batch - 1}", None, taken
+        if isinstance(taken, Tensor) and taken.is_cuda:
+            verdict = torch.empty_like(taken, device="cpu", pin_memory=True).copy_(taken, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = verdict, event, where
+        if not isinstance(verdict, Tensor):
+            self._settle()
+        return taken
+
+    def _settle(self) -> None:
+        if self._pending is None:
+            return
+        (taken, event, where), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        self.in_a_row = 0 if taken else self.in_a_row + 1
+        self.skipped += not taken
+        if self.in_a_row >= self.limit:
+            steps = f"{self.in_a_row} optimizer steps in a row (optimizer.max_nonfinite), last in {where}"
+            raise ValueError(f"the loss or its gradient was not finite in {steps}")
+
+    def count(self) -> int:
+        """Steps skipped since this was asked last. Waits for the last step."""
+        self._settle()
+        skipped, self.skipped = self.skipped, 0
+        return skipped
+
+    def state_dict(self) -> dict[str, int]:
+        self._settle()
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]

@@ -5,8 +5,10 @@ that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, t
 """
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stgen.accelerator import full_model, make_accelerator, stop_on_value_error
+from stgen.accelerator import full_weights, make_accelerator, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
 from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
@@ -37,6 +39,7 @@ from stgen.models.latents import (
     compression_ratios,
     encode_moments,
     latent_channels,
+    latent_shape,
     load_vae,
     normalise,
     temporal_reach,
@@ -264,22 +267,20 @@ def export(
         scheduler = make_scheduler(resolve_stages(config)[-1].flow)
 
     def save(variant: str | None) -> None:
-        full = full_model(model)
-        if not accelerator.is_main_process:
-            return
         if config.lora is not None and not merge:
-            save_lora(full, folder, variant)
+            save_lora(model, folder, variant)
             return
-        transformer = full if config.lora is None else merged(full)
+        transformer = model if config.lora is None else merged(model)
         if variant is None:
             pipeline = STGenPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
             pipeline.save_pretrained(folder)
         else:
             transformer.save_pretrained(folder / "transformer", variant=variant)
 
-    save("raw")
-    with averaged.applied():
-        save(None)
+    for variant, weights in (("raw", nullcontext()), (None, averaged.applied())):
+        with weights, full_weights(model):
+            if accelerator.is_main_process:
+                save(variant)
     accelerator.print(f"the {'pipeline' if config.lora is None or merge else 'LoRA'} is in {folder}")
     accelerator.wait_for_everyone()
 
@@ -314,7 +315,9 @@ def train(config: TrainConfig) -> None:
     config = config.with_architecture()
     configs = resolve_stages(config)
     last = configs[-1]
-    accelerator = make_accelerator(run, last.batch_size, last.accumulate, config.optimizer.max_grad_norm)
+    accelerator = make_accelerator(
+        run, last.batch_size, last.accumulate, config.optimizer.max_grad_norm, config.trackers
+    )
     device = accelerator.device
     vae = load_vae(config.vae).requires_grad_(False).to(device)
     opened = [open_stage(stage, vae, accelerator.is_main_process) for stage in configs]
@@ -368,7 +371,11 @@ def train(config: TrainConfig) -> None:
             score = validator(step, samples)
         return score
 
-    averaged = fit(accelerator, config, stages, net, compute_losses, after_step=after_step)
+    def tokens(shape: tuple[int, int, int]) -> int:
+        cells = latent_shape(vae, *shape)[1:]
+        return math.prod(-(-n // p) for n, p in zip(cells, net.config.patch_size, strict=True))
+
+    averaged = fit(accelerator, config, stages, net, compute_losses, after_step=after_step, tokens=tokens)
     export(config, net, averaged, vae, accelerator, run / "export")
     accelerator.end_training()
 

@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
-from tqdm import tqdm
 
-from stgen.accelerator import full_model, make_accelerator, share_out, stop_on_value_error
+from stgen.accelerator import full_weights, make_accelerator, share_out, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.reading import ClipDataset, fold_seed, to_pixels
@@ -28,6 +27,7 @@ from stgen.models.latents import latent_shape, load_vae
 from stgen.models.loading import load_every_tensor
 from stgen.models.perceptual import NETWORKS, PerceptualDistance
 from stgen.reconstruction import measure, reconstruction_sheet
+from stgen.tracking import log_picture
 from stgen.vae_objective import (
     RECONSTRUCTION,
     Adversary,
@@ -198,14 +198,14 @@ def measure_latents(
 
     Every cell counts once, so of clips of several shapes the longer and larger ones count for more.
     """
-    z = vae.config.latent_channels
-    sums = torch.zeros(3, z, dtype=torch.float64)  # of values, of squares, and how many
-    mine = range(accelerator.process_index, clips, accelerator.num_processes)
-    for position in tqdm(mine, "latent statistics", disable=not accelerator.is_main_process):
+
+    def sums(position: int) -> Tensor:
+        """`3 z`: of values, of squares, and how many."""
         video = to_pixels(dataset[position]["video"])[None].to(accelerator.device, vae.dtype)
         latents = vae.encode(video).latent_dist.mode().double().cpu().transpose(0, 1).flatten(1)
-        sums += torch.stack([latents.sum(1), latents.square().sum(1), torch.full((z,), latents.shape[1])])
-    total, squares, count = accelerator.reduce(sums.to(accelerator.device)).cpu()
+        return torch.stack([latents.sum(1), latents.square().sum(1), torch.ones_like(latents).sum(1)])
+
+    total, squares, count = torch.stack(share_out(accelerator, range(clips), sums, "latent statistics")).sum(0)
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     # A channel that never changes has nothing to scale; dividing by 0 would make it NaN.
@@ -233,11 +233,7 @@ class Validator:
 
     @torch.no_grad()
     def __call__(self, vae: AutoencoderKLSTGen, step: int, samples: int) -> float:
-        """Every rank calls it and does its share; the scores depend on the weights alone.
-
-        Returns:
-            Minus the PSNR in dB, which tells checkpoints apart: lower is better.
-        """
+        """Every rank calls it and does its share; the scores depend on the weights alone. Returns the perceptual distance."""
 
         def score(i: int) -> dict[str, float | None]:
             truth = self._truth(i)
@@ -248,10 +244,9 @@ class Validator:
         values = {name: [score[name] for score in found if score[name] is not None] for name in self.MEASURES}
         means = {f"validation/{name}": sum(some) / len(some) for name, some in values.items() if some}
         self.accelerator.log({**means, "samples": samples}, step)
-        if self.accelerator.is_main_process:
-            self._draw(vae, step)
+        self._draw(vae, step)
         self.accelerator.wait_for_everyone()
-        return -means["validation/psnr"]
+        return means["validation/perceptual_distance"]
 
     def _truth(self, i: int) -> Tensor:
         return to_pixels(self.dataset[i]["video"])[None].to(self.accelerator.device)
@@ -260,14 +255,16 @@ class Validator:
         return vae(truth.to(vae.dtype)).sample.float()
 
     def _draw(self, vae: AutoencoderKLSTGen, step: int) -> None:
-        """The sheet: of the first clips, those of the first one's shape."""
+        """The sheet: of the first clips, those of the first one's shape. Under ZeRO-3 a forward takes all processes."""
         truths = [self._truth(i) for i in range(min(self.clips, self.SHEET_CLIPS))]
         labels = [self.dataset.row(i)["caption"] for i, truth in enumerate(truths) if truth.shape == truths[0].shape]
         truth = torch.cat([truth for truth in truths if truth.shape == truths[0].shape])
         reconstruction = torch.cat([self._reconstruct(vae, clip) for clip in truth.split(1)])
         scale = max(1, 64 // truth.shape[3])
         path, title = self.folder / f"step-{step}.png", f"held-out clips, step {step}"
-        reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+        if self.accelerator.is_main_process:
+            reconstruction_sheet(path, truth, {"reconstruction": reconstruction}, labels, title, scale=scale)
+            log_picture(self.accelerator, "reconstructions", path, step)
 
 
 def export(
@@ -280,24 +277,26 @@ def export(
 ) -> None:
     """Writes a diffusers folder of the averaged weights, with the statistics of their latents, and of the last weights as
     variant `raw`, which shares these. All processes call it."""
+    vae.eval()
     with averaged.applied():
-        full = full_model(vae).eval()
-        mean, std = measure_latents(full, dataset, config.statistics_clips, accelerator)
+        mean, std = measure_latents(vae, dataset, config.statistics_clips, accelerator)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+        with full_weights(vae):
+            if accelerator.is_main_process:
+                vae.save_pretrained(folder)
+    with full_weights(vae):
         if accelerator.is_main_process:
-            full.register_to_config(latents_mean=mean, latents_std=std)
-            full.save_pretrained(folder)
-    last = full_model(vae)
-    if accelerator.is_main_process:
-        last.register_to_config(latents_mean=mean, latents_std=std)
-        last.save_pretrained(folder, variant="raw")
-        print(f"the VAE is in {folder}")
+            vae.save_pretrained(folder, variant="raw")
+            print(f"the VAE is in {folder}")
     accelerator.wait_for_everyone()
 
 
 def train_vae(config: TrainVAEConfig) -> None:
     """Trains to `config.samples` clips, from the newest checkpoint of the run if there is one."""
     run = Path(config.run)
-    accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
+    accelerator = make_accelerator(
+        run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm, config.trackers
+    )
     dataset = ClipDataset(config.data, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
     for frames in sorted({row["num_frames"] for row in dataset.rows}):
@@ -336,7 +335,7 @@ def train_vae(config: TrainVAEConfig) -> None:
         if validator is None or not due:
             return None
         with averaged.applied():
-            score = validator(full_model(vae).eval(), step, samples)
+            score = validator(vae.eval(), step, samples)
         vae.train()
         return score
 

@@ -15,7 +15,7 @@ from stgen.config import require
 from stgen.models.autoencoder import AutoencoderKLSTGen
 from stgen.models.discriminator import PatchDiscriminator3d
 from stgen.models.perceptual import NETWORKS, PerceptualDistance
-from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
+from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer, step_if_finite
 
 # --- Losses -------------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class DiscriminatorConfig:
     layers: int = 3
     """How often it halves height and width."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """Its own; `ema_decay` says nothing here. Warm-up is counted from `start`."""
+    """Its own; what it says of averages and `max_nonfinite` counts for nothing here. Warm-up is counted from `start`."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "discriminator.weight", self.weight, "above 0; discriminator=null leaves it out")
@@ -158,11 +158,11 @@ class Adversary:
         if self.accelerator.sync_gradients:
             for parameter in self.net.parameters():
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.optimizer.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), self.config.optimizer.max_grad_norm)
             begun = self.config.start
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.optimizer, samples - begun, self.total - begun)
-            self.optimizer.step()
+            step_if_finite(self.optimizer, norm)  # a sample that is not finite spoils the VAE's step, which is counted
             self.optimizer.zero_grad()
         return {"discriminator": loss.detach(), "real": real.detach().mean(), "fake": fake.detach().mean()}
 

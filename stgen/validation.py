@@ -28,6 +28,7 @@ from stgen.models.latents import decode
 from stgen.objective import FlowConfig, denoising_losses
 from stgen.pipelines import STGenPipeline
 from stgen.text import TextCache
+from stgen.tracking import log_picture
 from stgen.video import contact_sheet
 
 PROMPTED = "text"
@@ -228,6 +229,7 @@ class Validator:
             scale = max(1, 64 // clip_shape(self.dataset.row(0))[2])
             path = self.folder / f"step-{step}.png"
             contact_sheet(rows, path, title=f"held-out clips, step {step}", scale=scale, columns=20)
+            log_picture(self.accelerator, "samples", path, step)
         self.accelerator.wait_for_everyone()
 
     def _rows(self, i: int, samples: dict[str, Tensor]) -> list[tuple]:

@@ -80,6 +80,10 @@ def tiny_text_encoder(folder: Path, hidden_size: int = 16) -> tuple[PreTrainedTo
     return tokenizer, BertModel(config).eval()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos", type=float, metavar="MINUTES", help="kill and rerun for so long (test_chaos.py)")
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved STGenPipeline: 9 frames of 16x16 pixels by default. Read only."""

@@ -1,10 +1,12 @@
-"""Runs of the training entry points as processes that begin at once: forked where the imports are done already.
+"""A toy world to train in, and runs of the training entry points that begin at once.
 
-The environment is that of `accelerate launch`, by its own functions; torchrun's share is five variables. So a test can afford
-to kill and rerun where the launcher itself, at some ten seconds a start, is not what is tested.
+Their processes are forked from one that has done the imports. The environment is that of `accelerate launch`, by its own
+functions; torchrun's share is five variables. So a test can afford to kill and rerun, where the launcher itself, at some
+ten seconds a start, is not what is tested.
 """
 
 import argparse
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -14,6 +16,9 @@ import time
 from pathlib import Path
 
 from accelerate.commands import launch
+from conftest import tiny_text_encoder, tiny_vae
+
+from stgen.data.moving_mnist import write_moving_mnist
 
 REPOSITORY = Path(__file__).parent.parent
 ACCELERATE = REPOSITORY / "configs" / "accelerate"
@@ -44,20 +49,40 @@ def launch_environment(strategy: str, *options: str) -> dict[str, str]:
     return {name: value for name, value in variables.items() if os.environ.get(name) != value}
 
 
-def _work(script: str, arguments: list[str], variables: dict[str, str], rank: int, leader: int, log: str) -> None:
-    os.setpgid(0, leader)
+def _work(script: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.register(signal.SIGUSR2)
     os.environ.update(variables)
     os.chdir(REPOSITORY)
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]})
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[int(variables.get("RANK", 0)) % len(cpus)]})  # one thread a process
     entry = sys.modules[f"stgen.{script}"]
     entry.main(arguments)
 
 
+def toy_training(folder: Path) -> Path:
+    """What `stgen/train.py` trains on: shards, a text encoder and a VAE, all tiny."""
+    for split in ("train", "heldout"):
+        write_moving_mnist(folder / split, clips=16, split=split, size=32, digits=1)
+    (folder / "text").mkdir()
+    for part in tiny_text_encoder(folder):
+        part.save_pretrained(folder / "text")
+    tiny_vae(spatial_downsample=(True, True)).save_pretrained(folder / "vae" / "export")
+    return folder
+
+
+def toy_arguments(world: Path, run: str, *overrides: str) -> list[str]:
+    """The arguments of `stgen/train.py` for a run of 6 steps in that world."""
+    model = ["model.num_attention_heads=2", "model.attention_head_dim=12", "model.num_layers=2", "model.pattern=st"]
+    paths = [f"run={world}/{run}", f"vae={world}/vae/export", f"data.path={world}/train", f"text_encoder={world}/text"]
+    fixed = ["samples=24", "batch_size=4", "log_every=1", "checkpoint_every=2", "optimizer.warmup=0"]
+    return ["--config", "configs/moving_mnist_32/transformer.yaml", *paths, *model, *fixed, *overrides]
+
+
 class Run:
-    """`processes` processes of `stgen/SCRIPT.py`, in a process group of their own.
+    """`processes` processes of `stgen/SCRIPT.py`.
 
     Args:
         script: train or train_vae.
@@ -78,9 +103,8 @@ class Run:
         self.log, self.processes = log, []
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if strategy != "cpu" else {}
-            leader = self.processes[0].pid if self.processes else 0
             process = _FORKSERVER.Process(
-                target=_work, args=(script, arguments, variables | own, rank, leader, str(log)), daemon=True
+                target=_work, args=(script, arguments, variables | own, str(log)), daemon=True
             )
             process.start()
             self.processes.append(process)
@@ -92,14 +116,17 @@ class Run:
         """The exit statuses, when all have ended; when one fails the others are killed, as torchrun does."""
         deadline = time.monotonic() + timeout
         while self.running():
-            if any(process.exitcode for process in self.processes) or time.monotonic() > deadline:
-                time.sleep(1)  # they may be about to end the same way
+            late = time.monotonic() > deadline
+            if late or any(process.exitcode for process in self.processes):
+                if late:
+                    self.kill(signal.SIGUSR2)  # they say where they are
+                time.sleep(1)  # of several, others may be about to end the same way
                 self.kill()
             time.sleep(0.02)
         return [process.exitcode for process in self.processes]
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to the whole process group."""
+        """Sends a signal to all processes."""
         for process in self.processes:
             if process.is_alive():
                 os.kill(process.pid, number)

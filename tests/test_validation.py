@@ -221,13 +221,8 @@ def test_the_result_does_not_depend_on_the_number_of_processes(training_world: P
 
 @pytest.mark.slow
 def test_a_vae_run_is_exported(training_world: Path, tmp_path: Path) -> None:
-    model = {
-        "latent_channels": 4,
-        "block_out_channels": [8, 16, 16],
-        "patch_size": 2,
-        "temporal_downsample": [True, True],
-        "spatial_downsample": [True, False],
-    }
+    model = {"latent_channels": 4, "block_out_channels": [8, 16, 16], "patch_size": 2}
+    model |= {"temporal_downsample": [True, True], "spatial_downsample": [True, False]}
     data = f"data={{path: {training_world}/train, num_frames: 9, height: 16, width: 16}}"
     settings = [
         f"run={tmp_path}/vae",
