@@ -4,7 +4,7 @@ A transformer is trained on toy clips on CPUs, as `stgen/train.py` does. Bytes a
 after the optimizer's step, with the gradients still there, less what lived before the optimizer was made except the weights.
 Theory, in bytes a parameter (ZeRO, arXiv:1910.02054, section 3, in float32): 4 of weights, 4 of gradients, 8 of AdamW's
 moments, 4 of averaged weights, and under DeepSpeed 4 of its own copy of the weights. ZeRO-1 divides moments and copy by the
-processes, ZeRO-2 the gradients too, and ZeRO-3 everything. Activations are freed by then; what DDP keeps in C++ is not seen.
+processes, ZeRO-2 the gradients too, and ZeRO-3 everything but a buffer of 2^25 numbers for reducing. Activations are freed by then; what DDP keeps in C++ is not seen.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def theory(strategy: str, parameters: int) -> float:
     optimizer = (12 if stage else 8) / (n if stage else 1)
     gradients = 4 / (n if stage >= 2 else 1)
     weights_and_averages = 8 / (n if stage == 3 else 1)
-    return parameters * (optimizer + gradients + weights_and_averages)
+    return parameters * (optimizer + gradients + weights_and_averages) + (4 * 2**25 if stage == 3 else 0)
 
 
 def live_bytes() -> int:
