@@ -136,6 +136,21 @@ def convert(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Option(help="run folder of either trainer")],
+    out: Annotated[str, typer.Option(help="folder to write, new or empty")],
+    step: Annotated[
+        Optional[str], typer.Option(help="optimizer step of the checkpoint, or best; else the newest")
+    ] = None,
+    merge: Annotated[bool, typer.Option(help="of a LoRA run, the whole pipeline with the adapters merged")] = False,
+) -> None:
+    """Turns a checkpoint of a run into a diffusers folder: averaged weights, and the last ones as variant raw."""
+    from stgen.export import export_checkpoint
+
+    export_checkpoint(run, out, step, merge)
+
+
+@app.command()
 def generate(
     pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
     out: Annotated[str, typer.Option(help="mp4 to write")],

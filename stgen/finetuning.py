@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
 from stgen.config import require
@@ -106,9 +107,6 @@ def names_to_train(model: torch.nn.Module, frozen: Sequence[str] = (), trainable
 
 # --- Low-rank adapters --------------------------------------------------------------------------------------------
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers looks for; the weights that were not averaged lie beside it as `pytorch_lora_weights.raw.safetensors`."""
-
 
 @dataclass
 class LoRAConfig:
@@ -152,13 +150,14 @@ def lora_weights(model: STGenTransformer3DModel) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model)
 
 
-def save_lora(model: STGenTransformer3DModel, folder: str | Path, file: str = LORA_FILE) -> None:
-    """Writes the adapters, rank and alpha included, as `pipeline.load_lora_weights` takes them."""
+def save_lora(model: STGenTransformer3DModel, folder: str | Path, variant: str | None = None) -> None:
+    """Writes the adapters, rank and alpha included, as `pipeline.load_lora_weights` takes them: to the file that it looks for,
+    or with a variant `raw` to pytorch_lora_weights.raw.safetensors beside it."""
     STGenPipeline.save_lora_weights(
         folder,
         transformer_lora_layers=lora_weights(model),
         transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
-        weight_name=file,
+        weight_name=LORA_WEIGHT_NAME_SAFE if variant is None else f"pytorch_lora_weights.{variant}.safetensors",
     )
 
 

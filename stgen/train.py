@@ -8,6 +8,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from stgen.config import flatten_config, override, parse_command_line, require, 
 from stgen.data.reading import ClipDataset, clip_shape, fold_seed, to_pixels
 from stgen.encoding import draw_mask, read_encoding
 from stgen.finetuning import (
-    LORA_FILE,
     LoRAConfig,
     add_lora,
     begin_with,
@@ -268,22 +268,20 @@ def export(
 
     def save(variant: str | None) -> None:
         if config.lora is not None and not merge:
-            save_lora(model, folder, f".{variant}.".join(LORA_FILE.split(".")) if variant else LORA_FILE)
+            save_lora(model, folder, variant)
             return
         transformer = model if config.lora is None else merged(model)
-        if variant:
-            transformer.save_pretrained(folder / "transformer", variant=variant)
+        if variant is None:
+            pipeline = STGenPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+            pipeline.save_pretrained(folder)
         else:
-            parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
-            STGenPipeline(transformer=transformer, **parts).save_pretrained(folder)
+            transformer.save_pretrained(folder / "transformer", variant=variant)
 
-    with full_weights(model):
-        if accelerator.is_main_process:
-            save("raw")
-    with averaged.applied(), full_weights(model):
-        if accelerator.is_main_process:
-            save(None)
-            print(f"the {'pipeline' if config.lora is None or merge else 'LoRA'} is in {folder}")
+    for variant, weights in (("raw", nullcontext()), (None, averaged.applied())):
+        with weights, full_weights(model):
+            if accelerator.is_main_process:
+                save(variant)
+    accelerator.print(f"the {'pipeline' if config.lora is None or merge else 'LoRA'} is in {folder}")
     accelerator.wait_for_everyone()
 
 

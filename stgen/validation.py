@@ -228,7 +228,7 @@ class Validator:
                 rows += self._rows(i, {task: latents for (j, task), latents in samples.items() if j == i})
             scale = max(1, 64 // clip_shape(self.dataset.row(0))[2])
             path = self.folder / f"step-{step}.png"
-            contact_sheet(rows, path, title=f"held-out clips, step {step}", scale=scale)
+            contact_sheet(rows, path, title=f"held-out clips, step {step}", scale=scale, columns=20)
             log_picture(self.accelerator, "samples", path, step)
         self.accelerator.wait_for_everyone()
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,8 +155,8 @@ def training_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def training_arguments(world: Path, run: Path, *overrides: str) -> list[str]:
-    """The command line of `stgen/train.py` on the tiny world: 6 steps of 4 clips, of one process."""
+def training_settings(world: Path, run: Path, *overrides: str) -> list[str]:
+    """A run of `stgen/train.py` on the tiny world: 6 steps of 4 clips, of one process."""
     model = "model={num_attention_heads: 2, attention_head_dim: 12, num_layers: 2, pattern: st, patch_size: [1, 2, 2]}"
     config = [
         *(f"run={run}", f"vae={world}/vae", f"text_encoder={world}/text", f"data.path={world}/train"),
@@ -163,22 +165,55 @@ def training_arguments(world: Path, run: Path, *overrides: str) -> list[str]:
         "masks=[{kind: generate_all}, {kind: predict, weight: 2, args: {given: [1, 0.5]}}, {kind: moving_box}]",
     ]
     own = [] if any(override.startswith("init=") for override in overrides) else [model]
+    return [*config, *own, *overrides]
+
+
+def training_arguments(world: Path, run: Path, *overrides: str) -> list[str]:
+    """The same as a command line."""
     (run.parent / "empty.yaml").write_text("{}")
-    return ["--config", str(run.parent / "empty.yaml"), *config, *own, *overrides]
+    return ["--config", str(run.parent / "empty.yaml"), *training_settings(world, run, *overrides)]
 
 
-def run_training(world: Path, run: Path, *overrides: str) -> list[dict]:
+def train_here(entry: Callable[[Any], None], config: object) -> list[dict]:
     """Trains in this process as the entry point does; the rows of metrics.jsonl."""
-    from stgen.config import parse_command_line
-    from stgen.train import TrainConfig, train
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "0")  # chosen by somebody, so that training keeps to the one thread of tests
         try:
-            train(parse_command_line(TrainConfig, "", training_arguments(world, run, *overrides)))
+            entry(config)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_training(world: Path, run: Path, *overrides: str, saves: int | None = None) -> list[dict]:
+    """Trains the transformer in this process; the rows of metrics.jsonl.
+
+    Args:
+        saves: dies when it would save for the next time after so many, as by SIGKILL.
+    """
+    from stgen import loop
+    from stgen.config import load_config
+    from stgen.train import TrainConfig, train
+
+    class Killed(Exception):
+        pass
+
+    original, left = loop.save_checkpoint, [saves]
+
+    def save_or_die(*arguments: Any) -> None:
+        if left == [0]:
+            raise Killed
+        original(*arguments)
+        left[0] = None if saves is None else left[0] - 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save_or_die)
+        config = load_config(TrainConfig, None, training_settings(world, run, *overrides))
+        if saves is None:
+            return train_here(train, config)
+        with pytest.raises(Killed):
+            train_here(train, config)
+        return []
 
 
 def losses_of(rows: list[dict]) -> dict[int, float]:

@@ -22,6 +22,7 @@ LAYERS = [
     {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning"},
     {"loop", "validation"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
+    {"export"},
     {"cli"},
 ]
 FORBIDDEN = [("data", "models"), ("data", "text"), ("models", "text"), ("models", "data"), ("pipelines", "data")]

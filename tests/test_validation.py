@@ -1,19 +1,244 @@
-"""Validation in training: what it measures and draws, that it is fixed, and that training does not notice it."""
+"""Validation in training and the export of checkpoints: what is measured and drawn, that it is fixed, that training does not
+notice it, and that others get from the export what the trainer had."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_training
+import torch
+from conftest import losses_of, run_training, train_here, training_arguments
+from PIL import Image
+from processes import Run
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from stgen import AutoencoderKLSTGen, STGenPipeline
+from stgen.checkpoint import checkpoints, read_progress
+from stgen.cli import app
+from stgen.config import load_config
+from stgen.export import export_checkpoint
+from stgen.train import TrainConfig
+from stgen.train_vae import TrainVAEConfig, train_vae
+from stgen.validation import ValidationConfig, draw_task, sample_latents
+
+TASKS = ("text", "prediction", "interpolation", "inpainting")
+Rows = list[dict]
+
+
+def validation(world: Path, **settings: object) -> str:
+    settings = {"clips": 3, "every": 3, "times": [0.2, 0.5], "sampling_steps": 2} | settings
+    return f"validation={json.dumps({'path': f'{world}/heldout', **settings})}"
+
+
+def validations(rows: Rows) -> Rows:
+    return [{k: v for k, v in row.items() if k != "time"} for row in rows if "validation/loss" in row]
+
+
+def read(run: Path) -> Rows:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def validated(training_world: Path, tmp_path_factory) -> tuple[Path, list[dict]]:
+def validated(training_world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rows]:
     run = tmp_path_factory.mktemp("validated") / "run"
-    settings = (
-        f"validation={{path: {training_world}/heldout, clips: 3, every: 3, times: [0.2, 0.5], sampling_steps: 2}}"
-    )
-    return run, run_training(training_world, run, settings)
+    return run, run_training(training_world, run, validation(training_world))
 
 
-def test_x(validated):
-    print(validated[1])
+def sampled(pipeline: STGenPipeline, run: Path) -> dict[str, torch.Tensor]:
+    """What the trainer's last validation sampled, by this pipeline with its own text encoder."""
+    pipeline.set_progress_bar_config(disable=True)
+    config = load_config(TrainConfig, run / "config.yaml")
+    settings, latents = config.validation, {}
+    dataset = settings.open(config.data)
+    for task in settings.tasks:
+        for i in range(settings.sheet_clips):
+            clip = dataset[i]
+            prompt = {"prompt": clip["caption"] if task == "text" else ""}
+            latents[f"{task}/{i}"] = sample_latents(pipeline, settings, task, clip, **prompt)
+    return latents
+
+
+def same_latents(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, latents in expected.items():
+        torch.testing.assert_close(found[name], latents, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- What it measures and draws -----------------------------------------------------------------------------------
+
+
+def test_losses_by_time_and_task(validated: tuple[Path, Rows]) -> None:
+    found = validations(validated[1])
+    assert [row["step"] for row in found] == [3, 6]
+    for row in found:
+        assert set(row) == {"step", "samples", "validation/loss"} | {
+            f"validation/loss/{part}" for part in (*TASKS, "t=0.2", "t=0.5")
+        }
+        for parts in (TASKS, ("t=0.2", "t=0.5")):
+            mean = sum(row[f"validation/loss/{part}"] for part in parts) / len(parts)
+            assert mean == pytest.approx(row["validation/loss"])
+    assert found[0] != found[1]
+
+
+def test_the_score_decides_which_checkpoint_is_best(validated: tuple[Path, Rows]) -> None:
+    run, rows = validated
+    scores = {row["step"]: row["validation/loss"] for row in validations(rows)}
+    saved = {int(folder.name[5:]): read_progress(folder).score for folder in checkpoints(run)}
+    assert saved[6] == scores[6]
+    assert min(scores, key=scores.get) in saved
+
+
+def test_sheets_and_their_latents(validated: tuple[Path, Rows]) -> None:
+    run, _ = validated
+    for step in (3, 6):
+        with Image.open(run / "samples" / f"step-{step}.png") as sheet:
+            # Of each of two clips its truth, what was given in three tasks, and what was generated in four.
+            assert sheet.height > 2 * 8 * 64
+        latents = load_file(run / "samples" / f"step-{step}.safetensors")
+        assert set(latents) == {f"{task}/{i}" for task in TASKS for i in range(2)}
+        assert all(x.isfinite().all() and x.shape == (1, 4, 3, 4, 4) for x in latents.values())
+
+
+def test_an_image_has_no_tasks_of_frames() -> None:
+    config = ValidationConfig(path="heldout")
+    assert [task for task in config.tasks if draw_task(config, task, 0, (1, 16, 16))] == ["text", "inpainting"]
+    assert [task for task in config.tasks if draw_task(config, task, 0, (9, 16, 16))] == list(TASKS)
+    first, again = (draw_task(config, "inpainting", 7, (9, 16, 16))[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_training_does_not_notice(validated: tuple[Path, Rows], training_world: Path, tmp_path: Path) -> None:
+    plain = run_training(training_world, tmp_path / "plain")
+    assert losses_of(plain) == losses_of(validated[1])  # bit for bit
+    with_it = STGenPipeline.from_pretrained(validated[0] / "export").transformer.state_dict()
+    for name, weight in STGenPipeline.from_pretrained(tmp_path / "plain" / "export").transformer.state_dict().items():
+        assert torch.equal(weight, with_it[name]), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"clips": 99}, "validation.clips is 99, allowed: at most 4"),
+        ({"times": [0.5, 1.5]}, "validation.times is .* 0 to 1"),
+        ({"sheet_clips": 4}, "validation.sheet_clips is 4, allowed: 0 to 3"),
+        ({"tasks": {"text": {"kind": "magic"}}}, "masks.kind is 'magic'"),
+        ({"path": "/nowhere"}, "data is '/nowhere'"),
+    ],
+)
+def test_bad_settings_are_named(training_world: Path, tmp_path: Path, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_training(training_world, tmp_path / "bad", validation(training_world, **settings))
+    assert not (tmp_path / "bad" / "checkpoints").exists()
+
+
+# --- Exports ------------------------------------------------------------------------------------------------------
+
+REPRODUCE = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+sys.path.insert(0, "tests")
+from test_validation import sampled
+from stgen import STGenPipeline
+torch.set_num_threads(1)
+save_file(sampled(STGenPipeline.from_pretrained(sys.argv[1]), Path(sys.argv[2])), sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_reproduces_the_trainers_latents(validated: tuple[Path, Rows], tmp_path: Path) -> None:
+    run, _ = validated
+    done = CliRunner().invoke(app, ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--step", "6"])
+    assert done.exit_code == 0, done.output
+    arguments = [str(tmp_path / "out"), str(run), str(tmp_path / "latents.safetensors")]
+    subprocess.run([sys.executable, "-c", REPRODUCE, *arguments], check=True, capture_output=True)
+    same_latents(load_file(tmp_path / "latents.safetensors"), load_file(run / "samples" / "step-6.safetensors"))
+    files = {path.name for path in (tmp_path / "out" / "transformer").iterdir()}
+    assert {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.raw.safetensors"} < files
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_the_export_of_the_last_checkpoint_is_the_runs_own(validated: tuple[Path, Rows], tmp_path: Path) -> None:
+    run, _ = validated
+    export_checkpoint(run, tmp_path / "out")
+    for name in ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.raw.safetensors"):
+        own, exported = (load_file(folder / "transformer" / name) for folder in (run / "export", tmp_path / "out"))
+        assert own.keys() == exported.keys()
+        assert all(torch.equal(own[key], exported[key]) for key in own)
+
+
+def test_which_checkpoint(validated: tuple[Path, Rows], tmp_path: Path) -> None:
+    run, rows = validated
+    scores = {row["step"]: row["validation/loss"] for row in validations(rows)}
+    assert export_checkpoint(run, tmp_path / "best", "best").name == f"step-{min(scores, key=scores.get)}"
+    for step, message in (("5", "step is '5', allowed: "), ("x", "step is 'x', allowed: ")):
+        with pytest.raises(ValueError, match=message):
+            export_checkpoint(run, tmp_path / "other", step)
+    with pytest.raises(ValueError, match="out is .*, allowed: a new or empty folder"):
+        export_checkpoint(run, tmp_path / "best")
+    with pytest.raises(ValueError, match="merge is True, allowed: false"):
+        export_checkpoint(run, tmp_path / "other", merge=True)
+    with pytest.raises(ValueError, match="a run folder with checkpoints"):
+        export_checkpoint(tmp_path, tmp_path / "other")
+
+
+# --- Several processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_cpu", "zero2_cpu", "zero3_cpu"])
+def test_several_processes(training_world: Path, tmp_path: Path, strategy: str) -> None:
+    """They share the work out; and a DeepSpeed checkpoint's export has the averaged weights that validated."""
+    settings = validation(training_world, every=2)
+    run = tmp_path / "two"
+    arguments = training_arguments(training_world, run, settings, "batch_size=2", "samples=8")
+    Run("train", arguments, tmp_path / "log", strategy, 2).succeed()
+    one = run_training(training_world, tmp_path / "one", settings, "samples=8")
+    for ours, theirs in zip(validations(read(run)), validations(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    export_checkpoint(run, tmp_path / "out")
+    pipeline = STGenPipeline.from_pretrained(tmp_path / "out")
+    same_latents(sampled(pipeline, run), load_file(run / "samples" / "step-2.safetensors"))
+
+
+@pytest.mark.slow
+def test_the_result_does_not_depend_on_the_number_of_processes(training_world: Path, tmp_path: Path) -> None:
+    """With weights that stay as they are to the bit, two processes and one measure the same to the bit."""
+    settings = (validation(training_world, every=1), "samples=4", "optimizer.lr=1e-30")
+    Run(
+        "train",
+        training_arguments(training_world, tmp_path / "two", *settings, "batch_size=2"),
+        tmp_path / "log",
+        "ddp_cpu",
+        2,
+    ).succeed()
+    one = run_training(training_world, tmp_path / "one", *settings)
+    assert validations(read(tmp_path / "two")) == validations(one)
+
+
+@pytest.mark.slow
+def test_a_vae_run_is_exported(training_world: Path, tmp_path: Path) -> None:
+    model = {"latent_channels": 4, "block_out_channels": [8, 16, 16], "patch_size": 2}
+    model |= {"temporal_downsample": [True, True], "spatial_downsample": [True, False]}
+    data = f"data={{path: {training_world}/train, num_frames: 9, height: 16, width: 16}}"
+    settings = [
+        f"run={tmp_path}/vae",
+        data,
+        f"model={json.dumps(model)}",
+        "samples=8",
+        "batch_size=4",
+        "statistics_clips=4",
+    ]
+    train_here(train_vae, load_config(TrainVAEConfig, None, settings))
+    export_checkpoint(tmp_path / "vae", tmp_path / "out")
+    for variant in (None, "raw"):
+        own, exported = (
+            AutoencoderKLSTGen.from_pretrained(folder, variant=variant)
+            for folder in (tmp_path / "vae" / "export", tmp_path / "out")
+        )
+        assert own.config.latents_mean == pytest.approx(exported.config.latents_mean)
+        for name, weight in own.state_dict().items():
+            assert torch.equal(weight, exported.state_dict()[name]), name
