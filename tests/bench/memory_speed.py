@@ -4,7 +4,8 @@ A transformer is trained on toy clips on CPUs, as `stgen/train.py` does. Bytes a
 after the optimizer's step, with the gradients still there, less what lived before the optimizer was made except the weights.
 Theory, in bytes a parameter (ZeRO, arXiv:1910.02054, section 3, in float32): 4 of weights, 4 of gradients, 8 of AdamW's
 moments, 4 of averaged weights, and under DeepSpeed 4 of its own copy of the weights. ZeRO-1 divides moments and copy by the
-processes, ZeRO-2 the gradients too, and ZeRO-3 everything but a buffer of 2^25 numbers for reducing. Activations are freed by then; what DDP keeps in C++ is not seen.
+processes, ZeRO-2 the gradients too, and ZeRO-3 everything but a buffer of 2^25 numbers for reducing. Activations are freed by
+then; what DDP keeps in C++ is not seen.
 """
 
 import argparse
