@@ -15,6 +15,7 @@ from conftest import tiny_text_encoder
 from diffusers import DDIMScheduler
 
 from stgen import STGenPipeline
+from stgen.config import load_config
 from stgen.data.moving_mnist import write_moving_mnist
 from stgen.evaluation import BASELINES, evaluate
 from stgen.generation import Request, generate
