@@ -669,7 +669,7 @@ def test_workers_and_interruptions_do_not_show(tmp_path, many, undisturbed, monk
         return replacing(path)
 
     replacing = video.replacing
-    for module in (parts_module, sys.modules["stgen.data.videos"], sys.modules["stgen.data.shards"]):
+    for module in (parts_module, sys.modules["stgen.data.videos"]):
         monkeypatch.setattr(module, "replacing", dying)
     out, runs = tmp_path / "out", 0
     while True:

@@ -9,7 +9,7 @@ num_frames, height, width, source}`. An index row repeats the json and says wher
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import webdataset as wds
 
 from stgen.config import require
-from stgen.video import replacing
 
 INDEX = "index.jsonl"
 IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
@@ -47,13 +46,16 @@ class ShardWriter:
 
     def write(self, key: str, clip: dict[str, Any], **files: bytes) -> None:
         """Adds one sample: `clip` holds `CLIP_FIELDS`, `files` the bytes by extension, such as `mp4=...`."""
-        sample = _as_sample(key, clip, files)
+        missing = [name for name in CLIP_FIELDS if name not in clip]
+        require(not missing, "clip", sorted(clip), f"a dict with {', '.join(CLIP_FIELDS)}")
+        # WebDataset takes everything behind the first dot for the extension.
+        require("." not in key and "/" not in key, "key", key, "a name without dots and slashes")
         if self.count % self.clips_per_shard == 0:
             self._close_shard()
             self._shards.append(self.folder / f"shard-{len(self._shards):06d}.tar")
             self._tar = wds.TarWriter(str(self._shards[-1]), encoder=False, mtime=0)
         assert self._tar is not None
-        self._tar.write(sample)
+        self._tar.write({"__key__": key, "json": json.dumps(clip).encode(), **files})
         self.count += 1
 
     def _close_shard(self) -> None:
@@ -68,21 +70,6 @@ class ShardWriter:
         self._close_shard()
         if kind is None:
             write_index(self.folder, self._shards)
-
-
-def _as_sample(key: str, clip: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
-    missing = [name for name in CLIP_FIELDS if name not in clip]
-    require(not missing, "clip", sorted(clip), f"a dict with {', '.join(CLIP_FIELDS)}")
-    # WebDataset takes everything behind the first dot for the extension.
-    require("." not in key and "/" not in key, "key", key, "a name without dots and slashes")
-    return {"__key__": key, "json": json.dumps(clip).encode(), **files}
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, Any], dict[str, bytes]]]) -> None:
-    """Writes one shard of samples (key, clip, files), aside and renamed: what bears the name is whole."""
-    with replacing(path) as temporary, wds.TarWriter(str(temporary), encoder=False, mtime=0) as tar:
-        for key, clip, files in samples:
-            tar.write(_as_sample(key, clip, files))
 
 
 def index_shard(shard: str | Path) -> Iterator[dict[str, Any]]:
