@@ -6,7 +6,7 @@ what became of a file can be added up. With a stride or a rate, a clip's span al
 
 import io
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from operator import itemgetter
@@ -240,8 +240,10 @@ def _cut_video(file: VideoFile, settings: ShardSettings) -> Iterator[Clip | Drop
 def _number_scenes(frames: Iterable[DecodedFrame], threshold: float | None) -> Iterator[tuple[DecodedFrame, int]]:
     """Each frame with the number of its scene; a hole of `LONGEST_HOLD` in the times ends one too."""
     holes, last = 0, None
-    numbered = zip(frames, itertools.repeat(0), strict=False) if threshold is None else None
-    for frame, scene in numbered or scenes.number_scenes(frames, threshold or 0):
+    numbered: Iterator[tuple[DecodedFrame, int]] = zip(frames, itertools.repeat(0), strict=False)
+    if threshold is not None:
+        numbered = scenes.number_scenes(frames, threshold)
+    for frame, scene in numbered:
         holes += last is not None and frame.time - last > LONGEST_HOLD
         last = frame.time
         yield frame, scene + holes
@@ -280,7 +282,7 @@ class _Decoded:
             self.error = str(error)
 
 
-def _segment_of(segments: tuple[Segment, ...]):
+def _segment_of(segments: tuple[Segment, ...]) -> Callable[[DecodedFrame], int | None]:
     """A function from frames, in order, to the number of the segment that they lie in, or None."""
     number = 0
 

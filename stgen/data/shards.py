@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 from stgen.config import require
 from stgen.data.sources import LocalFolder, Pipe, Source, check_name, open_source
-from stgen.video import replacing
 
 INDEX = "index.jsonl"
 COLUMNS = "index.columns.safetensors"
@@ -71,13 +70,16 @@ class ShardWriter:
 
     def write(self, key: str, clip: dict[str, Any], **files: bytes) -> None:
         """Adds one sample: `clip` holds `CLIP_FIELDS`, `files` the bytes by extension, such as `mp4=...`."""
-        sample = _as_sample(key, clip, files)
+        missing = [name for name in CLIP_FIELDS if name not in clip]
+        require(not missing, "clip", sorted(clip), f"a dict with {', '.join(CLIP_FIELDS)}")
+        # WebDataset takes everything behind the first dot for the extension.
+        require("." not in key and "/" not in key, "key", key, "a name without dots and slashes")
         if self.count % self.clips_per_shard == 0:
             self._close_shard()
             self._shards.append(self.folder / f"shard-{len(self._shards):06d}.tar")
             self._tar = wds.TarWriter(str(self._shards[-1]), encoder=False, mtime=0)
         assert self._tar is not None
-        self._tar.write(sample)
+        self._tar.write({"__key__": key, "json": json.dumps(clip).encode(), **files})
         self.count += 1
 
     def _close_shard(self) -> None:
@@ -93,21 +95,6 @@ class ShardWriter:
         if kind is None:
             skipped = write_index(self.folder, self._shards)
             assert not skipped, skipped  # they were written just now
-
-
-def _as_sample(key: str, clip: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
-    missing = [name for name in CLIP_FIELDS if name not in clip]
-    require(not missing, "clip", sorted(clip), f"a dict with {', '.join(CLIP_FIELDS)}")
-    # WebDataset takes everything behind the first dot for the extension.
-    require("." not in key and "/" not in key, "key", key, "a name without dots and slashes")
-    return {"__key__": key, "json": json.dumps(clip).encode(), **files}
-
-
-def write_shard(path: Path, samples: Iterable[tuple[str, dict[str, Any], dict[str, bytes]]]) -> None:
-    """Writes one shard of samples (key, clip, files), aside and renamed: what bears the name is whole."""
-    with replacing(path) as temporary, wds.TarWriter(str(temporary), encoder=False, mtime=0) as tar:
-        for key, clip, files in samples:
-            tar.write(_as_sample(key, clip, files))
 
 
 # --- Indexing -----------------------------------------------------------------------------------------------------

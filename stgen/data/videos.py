@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
@@ -37,8 +39,7 @@ from stgen.data.filters import Duplicates
 from stgen.data.listing import VideoFile, list_videos
 from stgen.data.parts import data_path, record_path, write_parts
 from stgen.data.reading import decode_clip
-from stgen.data.shards import INDEX, index_shard, write_index, write_shard
-from stgen.data.sources import LocalFolder
+from stgen.data.shards import INDEX, write_index
 from stgen.video import Frames, Row, contact_sheet, replacing
 
 DROPPED, SHEET, SUMMARY = "dropped.jsonl", "clips.png", "summary.txt"
@@ -234,17 +235,20 @@ class _Merge:
         path = folder / f"shard-{len(self.shards[shape]):06d}.tar"
         samples, self._open[shape] = self._open[shape], []
         if not path.exists():  # one that exists is whole
-            write_shard(path, map(self._load, samples))
+            with replacing(path) as temporary, wds.TarWriter(str(temporary), encoder=False, mtime=0) as tar:
+                for sample in samples:
+                    data = {sample.extension: self._load(sample)}
+                    tar.write({"__key__": sample.key, "json": json.dumps(sample.clip).encode(), **data})
         self.shards[shape].append(path)
         for sample in samples:
             self._left[sample.part] -= 1
             if self._left[sample.part] == 0:
                 data_path(self.parts, sample.part).unlink(missing_ok=True)
 
-    def _load(self, sample: _Sample) -> tuple[str, dict[str, Any], dict[str, bytes]]:
+    def _load(self, sample: _Sample) -> bytes:
         with data_path(self.parts, sample.part).open("rb") as file:
             file.seek(sample.offset)
-            return sample.key, sample.clip, {sample.extension: file.read(sample.size)}
+            return file.read(sample.size)
 
     def reasons(self) -> str:
         """How many parts of files were dropped why, in one line."""
@@ -363,21 +367,26 @@ def _write_sheet(path: Path, shards: dict[Shape, list[Path]], clips_per_shard: i
     for shape in shapes:
         chosen = sorted({i * counts[shape] // each for i in range(each)})
         for shard, group in _by_shard(chosen, clips_per_shard).items():
-            path = shards[shape][shard]
-            samples, _ = index_shard(LocalFolder(str(path.parent)), path.name)
-            for i in group:
-                sample = samples[i]
-                with path.open("rb") as file:
-                    files = {}
-                    for extension, (offset, size) in sample["files"].items():
-                        file.seek(offset)
-                        files[extension] = file.read(size)
+            for sample, files in _read_samples(shards[shape][shard], group):
                 lines = [shape_name(shape), sample["source"], sample["caption"][:80]]
                 if sample["motion"] is not None:
                     lines[0] += f", {sample['fps']:.3g} frames/s"
                     lines.insert(1, f"motion {sample['motion']:.2f}")
                 rows.append(("\n".join(lines).rstrip(), _shrink(decode_clip(files), 160)))
     contact_sheet(rows, path, title="clips", columns=8)
+
+
+def _read_samples(shard: Path, positions: list[int]) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
+    """The json and the files of samples of a shard that this module wrote: two files each, one behind the other."""
+    with tarfile.open(shard, "r:") as tar:
+        members = tar.getmembers()
+        for position in positions:
+            files = {}
+            for member in members[2 * position : 2 * position + 2]:
+                file = tar.extractfile(member)
+                assert file is not None
+                files[member.name.partition(".")[2]] = file.read()
+            yield json.loads(files["json"]), files
 
 
 def _shrink(clip: Frames, side: int) -> Frames:
