@@ -61,11 +61,16 @@ def shard(
 
 
 @data.command("index")
-def index(shards: Annotated[Path, typer.Option(help="folder of WebDataset tars, at any depth")]) -> None:
+def index(
+    shards: Annotated[str, typer.Option(help="folder of WebDataset tars, at any depth: local, s3://, gs:// or hf://")],
+    out: Annotated[Optional[str], typer.Option(help="local folder of the index, if not beside the shards")] = None,
+) -> None:
     """Indexes existing WebDataset shards, so that they can be trained on."""
-    from stgen.data.shards import write_index
+    from stgen.data.shards import SKIPPED, count_reasons, write_index
 
-    write_index(shards)
+    skipped = write_index(shards, out=out)
+    if skipped:
+        print(f"not in the index: {count_reasons(skipped)} (see {Path(out or shards) / SKIPPED})", file=sys.stderr)
 
 
 @data.command("encode")

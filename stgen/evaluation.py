@@ -20,6 +20,7 @@ from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 from stgen.config import require
+from stgen.data.color import to_rgb
 from stgen.data.reading import ClipDataset, DataConfig, fold_seed
 from stgen.data.shards import read_index
 from stgen.generation import saved_pipeline
@@ -216,7 +217,7 @@ def evaluate(
     shape = (rows[0]["num_frames"], rows[0]["height"], rows[0]["width"])
     dataset = ClipDataset(DataConfig(data, *shape), shuffle=False)
     items = [dataset[i] for i in range(clips)]
-    truth = np.stack([item["video"].permute(1, 2, 3, 0).numpy() for item in items]).astype(np.float32) / 255
+    truth = np.stack([to_rgb(item["video"]).permute(1, 2, 3, 0).numpy() for item in items]).astype(np.float32) / 255
     fps = rows[0]["fps"]
 
     pipeline = STGenPipeline.from_pretrained(saved_pipeline(pipeline_folder)).to(device)

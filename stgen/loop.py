@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.checkpoint import check_global_batch, checkpoints, resume, save_checkpoint
 from stgen.config import flatten_config, require, save_config
-from stgen.data.reading import ClipDataset, DataConfig, clip_loader
+from stgen.data.reading import ClipDataset, DamageLog, DataConfig, clip_loader
+from stgen.data.shards import count_reasons
 from stgen.optimization import OptimizerConfig, learning_rate, make_optimizer
 from stgen.tracking import progress_bar
 
@@ -47,7 +49,8 @@ class LoopConfig:
 
 MAY_CHANGE = (
     *("run", "samples", "batch_size", "accumulate", "checkpoint_every", "keep_checkpoints", "log_every"),
-    *("data.path", "data.workers", "gradient_checkpointing", "statistics_clips", "use_encoded"),
+    *("data.path", "data.index", "data.cache", "data.cache_gib", "data.max_damaged", "data.workers"),
+    *("gradient_checkpointing", "statistics_clips", "use_encoded"),
     *("validation", "validation.path", "validation.clips", "validation.every", "validation.network"),
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
@@ -105,6 +108,7 @@ def fit(
     batches = clip_loader(
         dataset, samples, config.batch_size, config.data.workers, accelerator.process_index, accelerator.num_processes
     )
+    damage = DamageLog(dataset)
     bar = progress_bar(config.samples, samples, accelerator.is_main_process, run.name)
     logged: list[dict[str, Tensor]] = []
     while samples < config.samples:
@@ -112,7 +116,9 @@ def fit(
             group["lr"] = learning_rate(config.optimizer, samples, config.samples)
         for _ in range(config.accumulate):
             with accelerator.accumulate(wrapped):
-                losses = compute_losses(wrapped, next(batches), samples)
+                batch = next(batches)
+                damage.add(batch["damaged"])
+                losses = compute_losses(wrapped, batch, samples)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(wrapped.parameters(), config.optimizer.max_grad_norm)
@@ -127,7 +133,11 @@ def fit(
             # A loss may set in during a run; the newest row has them all.
             means = {name: torch.stack([row[name] for row in logged if name in row]).mean() for name in logged[-1]}
             values = {name: value.item() for name, value in accelerator.reduce(means, "mean").items()}
-            accelerator.log({**values, "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step)
+            if met := damage.share(gather_object):
+                accelerator.print(f"data: passed over {count_reasons(met)}, {len(damage.found)} in all: {met[0]}")
+            accelerator.log(
+                {**values, **damage.metrics(), "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step
+            )
             bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
             logged = []
         after_step(ema, step, samples)

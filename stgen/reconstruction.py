@@ -25,7 +25,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stgen.config import require
-from stgen.data.reading import ClipDataset, DataConfig, to_pixels
+from stgen.data.color import to_pixels, to_rgb
+from stgen.data.reading import ClipDataset, DataConfig
 from stgen.data.shards import read_index
 from stgen.models.latents import VideoVAE, decode, encode, latent_shape, load_vae
 from stgen.video import Row, contact_sheet, difference, encode_h264, write_gif
@@ -320,7 +321,7 @@ def report_reconstruction(
     examples: dict[str, list[dict[str, Tensor]]] = {}
     for position in tqdm(range(clips), desc="reconstruct", unit="clip"):
         row = dataset.row(position)
-        frames = dataset[position]["video"]
+        frames = to_rgb(dataset[position]["video"])
         truth = to_pixels(frames)[None]
         coded, size = best_h264(rearrange(frames.numpy(), "c t h w -> t h w c"), row["fps"], budget)
         sizes.append(size)

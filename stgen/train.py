@@ -4,20 +4,22 @@ The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkp
 that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, the last ones as `variant="raw"`.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
-from stgen.data.reading import ClipDataset, clip_shape, to_pixels
-from stgen.encoding import EMPTY_PROMPT, draw_mask, read_encoding
+from stgen.data.color import to_pixels
+from stgen.data.reading import ClipDataset
+from stgen.encoding import EMPTY_PROMPT, draw_mask, find_stored, read_encoding
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, fold_mask, given_latents_are_exact, hide
 from stgen.models.latents import (
@@ -123,7 +125,7 @@ def model_inputs(
         latents, noise, condition_latents (0 in wholly hidden cells) `b c t h w`; condition_mask `b p t h w`; time `b`; text
         `b n d`, text_mask and drop_text `b`; fps, num_frames, height, width `b`.
     """
-    video = to_pixels(batch["video"])
+    video = to_pixels(batch["video"], device)
     sizes = dict(zip(("num_frames", "height", "width"), video.shape[2:], strict=True))
     own_null = config.model.get("null_text", "prompt") != "prompt"  # the transformer has a null text of its own
     masks, states, dropped, times, seeds = [], [], [], [], []
@@ -138,7 +140,7 @@ def model_inputs(
         seeds.append(generator)
     text_states, text_mask = pad_states(states)
 
-    video, mask = video.to(device), torch.stack(masks).to(device)
+    mask = torch.stack(masks).to(device)
     (p, factor), reach = compression_ratios(vae), temporal_reach(vae)
     folded = fold_mask(mask, p, factor)
     has_video = torch.ones(len(mask), dtype=torch.bool, device=device)
@@ -203,26 +205,25 @@ def train(config: TrainConfig) -> None:
     run = Path(config.run)
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     vae = load_vae(config.vae).requires_grad_(False).to(accelerator.device)
-    encoding = read_encoding(config.data.path) if config.use_encoded else None
     moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
-    stored = None
-    if encoding is not None:
-        shapes = config.data.shapes
-        stored = encoding.stored(config.data.path, vae, shapes, config.masks, config.seed, moments)
-    dataset = ClipDataset(config.data, config.seed, stored=stored)
-    stored_text = encoding is not None and encoding.text is not None
-    cache = Path(config.data.path) / EMPTY_PROMPT if stored_text else run / "cache" / "text.safetensors"
+    find = partial(find_stored, vae, config.data.shapes, config.masks, config.seed, moments)
+    dataset = ClipDataset(config.data, config.seed, find_stored=find if config.use_encoded else None)
+    cache = run / "cache" / "text.safetensors"
     if accelerator.is_main_process:
+        encoding = read_encoding(dataset.source, dataset.rows) if config.use_encoded else None
         if encoding is not None:
             encoding.check(config.vae, config.text_encoder, config.max_text_length)
         begin_run(config)
-        if not stored_text:
+        if encoding is not None and encoding.text is not None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            dataset.source.fetch(EMPTY_PROMPT, cache)  # no other prompt is needed
+        else:
             TextCache.build(cache, config.text_encoder, ["", *dataset.captions()], config.max_text_length)
     accelerator.wait_for_everyone()
     text = TextCache(cache)
 
     largest = (config.data.num_frames, config.data.height, config.data.width)
-    fps = statistics.median(float(row["fps"]) for row in dataset.rows if clip_shape(row) == largest)
+    fps = float(np.median(dataset.rows.fps[(dataset.rows.shapes == largest).all(1)]))
     net = make_model(config, vae, text.dim, fps)
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()

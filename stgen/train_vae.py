@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from stgen.accelerator import make_accelerator, stop_on_value_error
 from stgen.config import parse_command_line, require, require_arguments
-from stgen.data.reading import ClipDataset, fold_seed, to_pixels
+from stgen.data.color import to_pixels
+from stgen.data.reading import ClipDataset, fold_seed
 from stgen.loop import LoopConfig, begin_run, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
@@ -148,7 +149,7 @@ def prepare_batch(
     Every draw is a function of (seed, position) alone: those of a clip of its own position, those of the forward of its
     first clip's.
     """
-    video = to_pixels(batch["video"])
+    video = to_pixels(batch["video"], vae.device)
     window = config.draw_window(video.shape[2], batch["position"][0])
     shape = (window, *video.shape[3:])
     shown, targets, noises = [], [], []
@@ -158,7 +159,7 @@ def prepare_batch(
         clip = clip[:, start : start + window]
         masked = clip
         if torch.rand((), generator=generator) < config.masked_fraction and window > 1:
-            masked = hide(clip, draw_mixture(config.masks, shape, generator))
+            masked = hide(clip, draw_mixture(config.masks, shape, generator).to(clip.device))
         shown.append(masked)
         targets.append(masked if config.mask_target == "shown" else clip)
         length = 2 * window - 1 if config.ping_pong_weight else window
@@ -276,14 +277,14 @@ def train_vae(config: TrainVAEConfig) -> None:
     accelerator = make_accelerator(run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm)
     dataset = ClipDataset(config.data, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
-    for frames in sorted({row["num_frames"] for row in dataset.rows}):
+    for frames in sorted(set(dataset.rows.shapes[:, 0].tolist())):
         config.window_of(frames)
     vae = make_vae(config)
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     adversary = Adversary(config.discriminator, accelerator, config.samples) if config.discriminator else None
     if adversary is not None:  # it would find out when it begins
-        side, least = min(min(row["height"], row["width"]) for row in dataset.rows), adversary.net.smallest
+        side, least = int(dataset.rows.shapes[:, 1:].min()), adversary.net.smallest
         layers = f"{least} pixels or more with discriminator.layers={adversary.config.layers}"
         require(side >= least, "smallest side of a clip", side, layers)
     validator = Validator(config, config.validation, accelerator) if config.validation else None

@@ -122,6 +122,52 @@ def _upright(picture: Frames, matrix: NDArray[np.int32]) -> Frames:
     return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
+# Their chroma lies left of the middle unless a file says otherwise, which PyAV does not tell; that of MJPEG lies in it, and
+# for libswscale that of VP9 and AV1 too.
+_LEFT_CHROMA = ("h264", "hevc")
+# As ITU-T H.273 numbers them; 2 is unspecified, which libswscale takes for BT.601.
+_MATRIX = {1: "bt709", 2: "bt601", 5: "bt601", 6: "bt601"}
+
+
+def read_yuv420(source: str | Path | bytes) -> tuple[Frames, str, bool] | None:
+    """The frames of a video file as they are coded, without the conversion to RGB, which costs more than decoding does.
+
+    Returns:
+        uint8 `t r w`, r = 3 h / 2: h rows of luma, then both planes of chroma (I420); the matrix, bt601 or bt709; and whether
+        levels are full, 0..255. None of a file that is not H.264 or HEVC in YUV 4:2:0 of 8 bits, even height and
+        width and one of these matrices, or is to be turned or tone mapped before it is looked at.
+    Raises:
+        ValueError: as `read_video`.
+    """
+    frames: list[Frames] = []
+    first = None
+    with _open_video(source) as (container, stream):
+        if stream.codec_context.codec.canonical_name not in _LEFT_CHROMA:
+            return None
+        stream.codec_context.thread_count = 1  # starting threads takes longer than decoding a small clip
+        for index, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:
+                raise ValueError(f"{_name(source)} is corrupt at frame {index}")
+            h, w, pixels = frame.height, frame.width, frame.format.name
+            kind = (h, w, pixels, int(frame.colorspace), int(frame.color_range))
+            usual = pixels in ("yuv420p", "yuvj420p") and h % 2 == w % 2 == 0 and int(frame.colorspace) in _MATRIX
+            plain = int(frame.color_trc) not in (16, 18) and frame.side_data.get("DISPLAYMATRIX") is None  # PQ, HLG
+            if not usual or not plain or kind != (first := first or kind):
+                return None
+            picture = np.empty((h * 3 // 2, w), np.uint8)
+            begin = 0
+            for plane in frame.planes:
+                rows, columns = plane.height, plane.width
+                coded = np.frombuffer(plane, np.uint8).reshape(rows, plane.line_size)  # type: ignore[call-overload]
+                end = begin + rows * columns
+                picture.reshape(-1)[begin:end].reshape(rows, columns)[:] = coded[:, :columns]
+                begin = end
+            frames.append(picture)
+    if first is None:
+        raise ValueError(f"{_name(source)} has no frames")
+    return np.stack(frames), _MATRIX[first[3]], first[2] == "yuvj420p" or first[4] == ColorRange.JPEG
+
+
 # --- Writing ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,9 @@
 import io
 import json
 import math
+import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,11 +24,13 @@ from PIL import Image
 from stgen import AutoencoderKLSTGen, STGenPipeline, train, train_vae
 from stgen.cli import main
 from stgen.config import load_config, save_config
+from stgen.data.color import to_rgb
 from stgen.data.moving_mnist import load_digits, make_clip, write_moving_mnist
 from stgen.data.reading import (
     Bucket,
     ClipDataset,
     ClipOrder,
+    DamageLog,
     DataConfig,
     bucket_of_block,
     clip_loader,
@@ -235,8 +240,9 @@ def test_batches_do_not_mix_shapes_and_lose_nothing(mixed: Path) -> None:
     for _ in range(14):  # two epochs, since blocks of 2 do not divide 7 and 3
         batch = next(loader)
         rows = [dataset.row(position) for position in batch["position"]]
-        assert {clip_shape(row) for row in rows} == {tuple(batch["video"].shape[2:])}
-        assert batch["fps"].tolist() == [2.0 * batch["video"].shape[2]] * 2
+        frames = to_rgb(batch["video"])
+        assert {clip_shape(row) for row in rows} == {tuple(frames.shape[2:])}
+        assert batch["fps"].tolist() == [2.0 * frames.shape[2]] * 2
         assert batch["caption"] == [row["caption"] for row in rows]
         seen.update((row["shard"], row["key"]) for row in rows)
     assert len(seen) == 14
@@ -249,7 +255,7 @@ def test_order_of_buckets_does_not_depend_on_ranks_workers_or_batch_size(mixed: 
     def take(start: int, batch: int, world: int, workers: int = 0) -> list[tuple[int, torch.Tensor]]:
         loaders = [clip_loader(dataset, start, batch, workers, rank, world) for rank in range(world)]
         batches = [next(loader) for _ in range(24 // batch // world) for loader in loaders]
-        return [pair for b in batches for pair in zip(b["position"], b["video"], strict=True)]
+        return [pair for b in batches for pair in zip(b["position"], to_rgb(b["video"]), strict=True)]
 
     expected = take(0, 4, 1)
     assert len({clip.shape for _, clip in expected}) == 3
@@ -327,7 +333,7 @@ def test_shapes_are_written_into_folders_of_their_own(tmp_path: Path, capsys, mo
     assert run("data", "index", "--shards", str(tmp_path / "shards"), capsys=capsys, monkeypatch=monkeypatch)[0] == 0
     buckets = [Bucket(9, 16, 32), Bucket(20, 16, 16)]
     dataset = ClipDataset(DataConfig(str(tmp_path / "shards"), buckets=buckets), shuffle=False)
-    shapes = Counter(tuple(dataset[position]["video"].shape) for position in range(len(dataset)))
+    shapes = Counter(tuple(to_rgb(dataset[position]["video"]).shape) for position in range(len(dataset)))
     assert shapes == {(3, 9, 16, 32): 2, (3, 20, 16, 16): 1}
 
 
@@ -431,7 +437,7 @@ def test_an_index_of_other_shards_is_noticed(shards: Path, tmp_path: Path) -> No
     ):
         (tmp_path / "index.jsonl").write_text("".join(json.dumps(row | change) + "\n" for row in rows))
         with pytest.raises(ValueError, match=r"sample \d+ of shard-000000.tar: "):
-            ClipDataset(config(tmp_path))[0]
+            ClipDataset(config(tmp_path), shuffle=False)[0]
 
 
 # --- Refusals -----------------------------------------------------------------------------------------------------
@@ -552,6 +558,55 @@ def test_training_on_buckets_resumes_bit_identically(world: Path, mixed: Path, m
     pipeline = STGenPipeline.from_pretrained(world / "whole" / "export")
     size = pipeline.transformer.config
     assert (size.sample_frames, size.sample_height, size.sample_width, size.sample_fps) == (9, 16, 16, 18.0)
+
+
+@pytest.mark.slow
+def test_training_on_damaged_shards_is_the_same_with_workers_and_resumed(
+    world: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One shard is torn, and a clip of another is garbage: what stands in for them does not depend on who reads it."""
+    damaged = shutil.copytree(mixed, tmp_path / "damaged")
+    rows = {row["key"]: row for row in map(json.loads, (damaged / "index.jsonl").read_text().splitlines())}
+    os.truncate(damaged / rows["9-5"]["shard"], rows["9-5"]["files"]["mp4"][0] + 10)
+    with (damaged / rows["1-1"]["shard"]).open("rb+") as file:
+        file.seek(rows["1-1"]["files"]["mp4"][0])
+        file.write(bytes(rows["1-1"]["files"]["mp4"][1]))
+
+    def skipped(run: str) -> dict[int, list[float]]:
+        lines = (world / run / "metrics.jsonl").read_text().splitlines()
+        names = ("data/skipped", "data/skipped/truncated", "data/skipped/undecodable")
+        return {row["samples"]: [row.get(name, 0) for name in names] for row in map(json.loads, lines)}
+
+    train_here(*arguments(world, damaged, "passed_over", "data.max_damaged=0.25"))
+    expected = losses(world / "passed_over")
+    assert skipped("passed_over")[32] == [3, 2, 1]
+
+    class Killed(BaseException):
+        pass
+
+    original, batches = DamageLog.add, []
+
+    def add_or_die(self: DamageLog, found: list) -> None:
+        batches.append(found)
+        if len(batches) == 6:  # the newest checkpoint is the fourth's
+            raise Killed
+        original(self, found)
+
+    helped = arguments(world, damaged, "passed_over_cut", "data.max_damaged=0.25", "data.workers=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(DamageLog, "add", add_or_die)
+        with pytest.raises(Killed):
+            train_here(*helped)
+    train_here(*helped)
+    assert losses(world / "passed_over_cut") == expected
+
+    # Two torn clips of 14 are known before training; the third is one too many while it runs.
+    for limit, message in (("0.1", "2 of 14 clips are damaged"), ("0.2", "3 of 14 clips are damaged")):
+        with pytest.raises(SystemExit):
+            train_here(*arguments(world, damaged, f"stopped_{limit}", f"data.max_damaged={limit}"))
+        (line,) = re.findall("error: .*", capsys.readouterr().err)
+        assert message in line
+        assert f"9-5 of {rows['9-5']['shard']}: truncated" in line
 
 
 @pytest.mark.slow

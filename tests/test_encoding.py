@@ -26,9 +26,10 @@ from test_latents import VAES, make
 import stgen.text
 from stgen import train
 from stgen.cli import main
-from stgen.data.reading import ClipDataset, DataConfig, clip_loader, collate, to_pixels
+from stgen.data.color import to_pixels
+from stgen.data.reading import ClipDataset, DataConfig, clip_loader, collate
 from stgen.data.shards import LATENT, TEXT, ShardWriter, write_index
-from stgen.encoding import EMPTY_PROMPT, encode_clips, fingerprint, read_encoding
+from stgen.encoding import EMPTY_PROMPT, encode_clips, find_stored, fingerprint
 from stgen.masks import MASKS, MaskSpec, fold_mask, generated_cells, given_latents_are_exact
 from stgen.models.latents import encode, encode_moments, temporal_reach
 from stgen.text import TextCache
@@ -86,20 +87,23 @@ def config(world: Path, data: str, *masks: MaskSpec, **overrides) -> TrainConfig
     )
 
 
+def opened(config: TrainConfig, vae=None, shuffle: bool = True) -> ClipDataset:
+    """The clips as the trainer opens them."""
+    moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
+    find = partial(find_stored, vae or tiny_vae(), config.data.shapes, config.masks, config.seed, moments)
+    return ClipDataset(config.data, config.seed, shuffle, find)
+
+
 def inputs(config: TrainConfig, positions: range, vae=None) -> tuple[dict, dict[str, torch.Tensor]]:
     """A batch as the trainer reads it, and what it makes of it."""
-    folder, vae = Path(config.data.path), vae or tiny_vae()
-    encoding = read_encoding(folder)
-    moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
-    stored = encoding and encoding.stored(folder, vae, config.data.shapes, config.masks, config.seed, moments)
-    dataset = ClipDataset(config.data, config.seed, stored=stored)
-    if stored is not None and stored.text_dim is not None:
+    folder, dataset = Path(config.data.path), opened(config, vae)
+    if dataset.stored is not None and dataset.stored.text_dim is not None:
         text = TextCache(folder / EMPTY_PROMPT)
     else:
         TextCache.build(folder.parent / "cache.safetensors", config.text_encoder, ["", *CAPTIONS], 64)
         text = TextCache(folder.parent / "cache.safetensors")
     batch = collate([dataset[position] for position in positions])
-    return batch, model_inputs(batch, config, vae, text, CPU)
+    return batch, model_inputs(batch, config, vae or tiny_vae(), text, CPU)
 
 
 # --- What is stored -----------------------------------------------------------------------------------------------
@@ -295,9 +299,7 @@ def test_the_posterior_can_be_sampled(world: Path) -> None:
 
 def test_workers_read_what_one_process_reads(world: Path) -> None:
     chosen = config(world, "float16", MaskSpec("predict", args={"given": [1, 6]}))
-    encoding = read_encoding(chosen.data.path)
-    stored = encoding.stored(chosen.data.path, tiny_vae(), [SHAPE], chosen.masks, chosen.seed)
-    dataset = ClipDataset(chosen.data, chosen.seed, stored=stored)
+    dataset = opened(chosen)
     for (alone, helped), _ in zip(
         zip(*(clip_loader(dataset, 4, 4, n) for n in (0, 2)), strict=True), range(3), strict=False
     ):
@@ -385,13 +387,17 @@ def test_training_refuses_folders_that_are_not_whole(
 
     nameless = shutil.copytree(world / "float16", tmp_path / "nameless")
     (nameless / "encode.json").unlink()
-    assert "latents without encode.json" in refusal(capsys, trained(world, nameless))
+    assert "nameless is missing, allowed: the one that `stgen data encode` writes" in refusal(
+        capsys, trained(world, nameless)
+    )
 
     # Shards of both kinds in one folder.
     mixed = shutil.copytree(world / "float16", tmp_path / "mixed")
     shutil.copy(world / "pixels" / "shard-000001.tar", mixed)
     write_index(mixed)
-    assert "5 clips without latent.safetensors, such as ['0-0005']" in refusal(capsys, trained(world, mixed))
+    assert "5 of 12 clips have no latent.safetensors, such as 0-0005; encode all clips" in refusal(
+        capsys, trained(world, mixed)
+    )
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
@@ -412,12 +418,12 @@ def rewrite(folder: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
         (
             LATENT,
             {"mean": (4, 4, 3, 3)},
-            r"shape of mean of latent.safetensors is \(4, 4, 3, 3\), allowed: \(4, 4, 4, 3\)",
+            "wrong shape: mean of latent.safetensors is (4, 4, 3, 3), of this VAE (4, 4, 4, 3)",
         ),
-        (LATENT, {"logvar": (4, 4, 4, 4)}, r"tensors of latent.safetensors is \['logvar'\], allowed: mean"),
-        (TEXT, {"states": (7, 15)}, r"shape of text.safetensors is \(7, 15\), allowed: \(n, 16\)"),
-        (TEXT, {"pooled": (7, 16)}, r"tensors of text.safetensors is \['pooled'\], allowed: states"),
-        (LATENT, None, "latent.safetensors is corrupt: "),
+        (LATENT, {"logvar": (4, 4, 4, 3)}, "incomplete: latent.safetensors holds ['logvar'], not mean"),
+        (TEXT, {"states": (7, 15)}, "wrong shape: text.safetensors is (7, 15), of this encoder (n, 16)"),
+        (TEXT, {"pooled": (7, 16)}, "incomplete: text.safetensors holds ['pooled'], not states"),
+        (LATENT, None, "undecodable: latent.safetensors: "),
     ],
 )
 def test_a_sample_with_other_tensors_is_named(
@@ -425,11 +431,16 @@ def test_a_sample_with_other_tensors_is_named(
 ) -> None:
     data = b"torn" if tensors is None else save({name: torch.zeros(shape) for name, shape in tensors.items()})
     shutil.copytree(world / "float16", tmp_path / "data")
-    rewrite(tmp_path / "data", lambda sample: sample.update({extension: data}))
-    with pytest.raises(ValueError, match=rf"sample 0-000\d of shard-000000.tar: {named}"):
-        inputs(
-            config(tmp_path, "data", MaskSpec(), vae=str(world / "vae"), text_encoder=str(world / "text")), range(12)
-        )
+    rewrite(
+        tmp_path / "data", lambda sample: sample.update({extension: data}) if sample["__key__"] == "0-0003" else None
+    )
+    chosen = config(tmp_path, "data", MaskSpec(), vae=str(world / "vae"), text_encoder=str(world / "text"))
+    with pytest.raises(ValueError, match=re.escape(f"sample 0-0003 of shard-000000.tar: {named}")):
+        [opened(chosen, shuffle=False)[i] for i in range(12)]
+    # In training another clip stands in for it, as for any that is damaged.
+    batch, _ = inputs(chosen, range(12))
+    assert {damage.key for damage in batch["damaged"]} == {"0-0003"}
+    assert batch["damaged"][0].reason.startswith(named)
 
 
 def test_without_pixels(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -451,12 +462,13 @@ def test_without_pixels(world: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         line = refusal(capsys, trained(world, out, f"masks=[{{kind: generate_all}}, {kind}]"))
         assert f'masks.kind is "{named}"' in line or f"masks.kind is '{named}'" in line
         assert f"since {out} has no pixels to encode anew" in line
-    plain = DataConfig(str(out), *SHAPE)
     with pytest.raises(
-        ValueError, match=r"is \"12 clips of latents alone, such as \['0-0000'\]\", allowed: clips with pixels"
+        ValueError, match="12 of 12 clips have no pixels, such as 0-0000; `stgen data encode --drop-pixels` left"
     ):
-        ClipDataset(plain)  # as train_vae, evaluate and reconstruct open it
-    with pytest.raises(ValueError, match="12 clips of latents alone"):
+        ClipDataset(DataConfig(str(out), *SHAPE))  # as train_vae, evaluate and reconstruct open it
+    with pytest.raises(
+        ValueError, match=r"is 'clips of json, latent.safetensors, text.safetensors alone', allowed: clips with"
+    ):
         encode_clips(out, world / "vae", tmp_path / "again")
 
 

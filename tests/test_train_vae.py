@@ -23,8 +23,9 @@ from test_training import succeed
 from stgen import AutoencoderKLSTGen
 from stgen.checkpoint import checkpoints
 from stgen.config import load_config
+from stgen.data.color import to_pixels
 from stgen.data.moving_mnist import write_moving_mnist
-from stgen.data.reading import ClipDataset, DataConfig, to_pixels
+from stgen.data.reading import ClipDataset, DataConfig
 from stgen.masks import MaskSpec
 from stgen.models.latents import encode
 from stgen.models.perceptual import PerceptualDistance

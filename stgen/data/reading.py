@@ -12,16 +12,19 @@ blocks of a bucket are spread evenly by its share of the clips. It follows that
 Ranks take turns batch by batch, so the sequence of samples does not depend on how many there are, every rank has the same
 number of steps, and to resume is to start at another position: no scan, no replay. Shards stay plain WebDataset tars;
 the index says where in them a sample lies.
+
+In the place of a damaged clip stands the next one of its bucket's epoch that is whole, which is a function of (seed,
+position) and the shards, so nothing of the above changes: not with the ranks, the workers, or where a run was resumed.
 """
 
 import io
+import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +38,20 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from stgen import video
 from stgen.config import require
-from stgen.data.shards import CLIP_FILES, IMAGE_FILES, LATENT, TEXT, read_index
+from stgen.data.color import YUV420, from_planes, stack_clips
+from stgen.data.shards import (
+    CLIP_FILES,
+    IMAGE_FILES,
+    LATENT,
+    TEXT,
+    VIDEO_FILES,
+    Damage,
+    Index,
+    count_reasons,
+    missing_parts,
+    open_index,
+)
+from stgen.data.sources import LocalFolder, Source, open_source
 
 
 @dataclass
@@ -69,7 +85,8 @@ class DataConfig:
     """Which clips, in what shape or shapes."""
 
     path: str = "???"
-    """Folder of shards with an index.jsonl."""
+    """Folder of shards with an index.jsonl: local, http(s)://, s3://, gs://, hf://datasets/..., or `pipe:COMMAND`, a shell
+    command that writes a file to its output, with `{}` for the file's name, such as `pipe:rclone cat store:clips/{}`."""
     num_frames: int = 20
     """Frames of a clip; every clip of the folder must have exactly as many. With `buckets`, those of the largest."""
     height: int = 64
@@ -85,11 +102,24 @@ class DataConfig:
     block: int | None = None
     """With `buckets`: how many clips in a row are of one bucket, 8 if null. `batch_size` must divide it. The order of clips
     follows from it, not from `batch_size`; with `batch_size` times the processes, all of them have one shape at a time."""
+    index: str | None = None
+    """Folder of the index, of any of these kinds, if it does not lie with the shards."""
+    cache: str | None = None
+    """Local folder into which shards from elsewhere are fetched whole, for all processes and runs of a machine; null reads
+    just the parts of each clip, which a pipe and a web server without Range do not allow. Every clip comes from another
+    shard, so the cache should hold all of them."""
+    cache_gib: float = 100.0
+    """GiB that the cache may hold; the shards longest not read go first."""
+    max_damaged: float = 0.01
+    """Share of the index's clips that may turn out damaged, 0 to 1. They are counted, and others stand in for them; past
+    this share the run stops and names them."""
 
     def __post_init__(self) -> None:
         for name in ("num_frames", "height", "width"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.cache_gib > 0, "data.cache_gib", self.cache_gib, "above 0")
+        require(0 <= self.max_damaged <= 1, "data.max_damaged", self.max_damaged, "0 to 1")
         if self.buckets is None:
             require(self.block is None, "data.block", self.block, "null without data.buckets")
             return
@@ -164,10 +194,17 @@ class ClipOrder:
         self._permutations: dict[tuple[int, int], Tensor] = {}
 
     def __getitem__(self, position: int) -> tuple[int, int]:
+        return next(self.candidates(position))
+
+    def candidates(self, position: int) -> Iterator[tuple[int, int]]:
+        """The clip at a position, and behind it those that stand in for it in turn: all others of its bucket, as they
+        follow in the epoch and then from its beginning."""
         block, offset = divmod(position, self.block)
         bucket, before = bucket_of_block(block, self.weights)
-        epoch, i = divmod(before * self.block + offset, self.sizes[bucket])
-        return bucket, int(self._permutation(bucket, epoch)[i]) if self.shuffle else i
+        size = self.sizes[bucket]
+        epoch, first = divmod(before * self.block + offset, size)
+        for i in itertools.chain(range(first, size), range(first)):
+            yield bucket, int(self._permutation(bucket, epoch)[i]) if self.shuffle else i
 
     def _permutation(self, bucket: int, epoch: int) -> Tensor:
         if (bucket, epoch) not in self._permutations:
@@ -222,32 +259,86 @@ def clip_shape(row: dict[str, Any]) -> tuple[int, int, int]:
     return row["num_frames"], row["height"], row["width"]
 
 
-def read_files(folder: Path, row: dict[str, Any], wanted: Collection[str]) -> dict[str, bytes]:
+class DamagedSample(Exception):
+    """A sample that cannot be used; the message is the reason, its kind before the first colon."""
+
+
+_GAP = 2**16  # bytes; what lies between two files of a sample is read too, if it is less, since a request costs more
+
+
+def read_parts(source: Source, shard: str, parts: dict[str, tuple[int, int]]) -> dict[str, bytes]:
+    """The parts {name: (offset, size)} of a shard, in as few reads as it takes.
+
+    Raises:
+        DamagedSample: the shard is missing, or ends too early.
+        SourceError: the source fails.
+    """
+    runs: list[list[str]] = []
+    end = 0
+    for name in sorted(parts, key=parts.__getitem__):
+        offset, size = parts[name]
+        if runs and offset - end <= _GAP:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+        end = max(end, offset + size)
+    found = {}
+    for run in runs:
+        begin, stop = parts[run[0]][0], max(sum(parts[name]) for name in run)
+        try:
+            data = memoryview(source.read(shard, begin, stop - begin))
+        except FileNotFoundError as error:
+            raise DamagedSample("missing shard") from error
+        if len(data) < stop - begin:
+            raise DamagedSample("truncated")
+        for name in run:
+            offset, size = parts[name]
+            found[name] = bytes(data[offset - begin : offset - begin + size])
+    return found
+
+
+def read_files(source: Source, row: dict[str, Any], wanted: Collection[str]) -> dict[str, bytes]:
     """Those of the wanted files that the sample of an index row has, by extension.
 
     Raises:
-        ValueError: the json that travels with the clip says that index and shard do not belong together.
+        DamagedSample: the shard is missing or torn, or the json that travels with the clip says that index and shard do not
+            belong together.
+        SourceError: the source fails.
     """
-    files = {}
-    with (folder / row["shard"]).open("rb", buffering=0) as shard:
-        for extension, (offset, size) in row["files"].items():
-            if extension in wanted or extension == "json":
-                shard.seek(offset)
-                files[extension] = shard.read(size)
-    if row | json.loads(files["json"]) != row:
-        raise ValueError("index and shard do not match")
+    if "json" not in row["files"]:
+        raise DamagedSample("incomplete: lacks json")
+    parts = {name: (part[0], part[1]) for name, part in row["files"].items() if name in wanted or name == "json"}
+    files = read_parts(source, row["shard"], parts)
+    try:
+        matches = row | json.loads(files["json"]) == row
+    except (ValueError, TypeError) as error:
+        raise DamagedSample(f"index mismatch: {error}") from error
+    if not matches:
+        raise DamagedSample("index mismatch: index and shard do not match")
     return files
 
 
-def read_clip(files: dict[str, bytes], row: dict[str, Any]) -> Tensor:
-    """The pixels of a sample, uint8 `c t h w`."""
-    require(
-        bool(files.keys() & set(CLIP_FILES)), "files", sorted(files), f"a clip among them ({', '.join(CLIP_FILES)})"
+def read_clip(files: dict[str, bytes], row: dict[str, Any]) -> Tensor | YUV420:
+    """The pixels of a sample: RGB uint8 `c t h w`, or the planes of a YUV 4:2:0 video.
+
+    Raises:
+        DamagedSample: there is no clip, it cannot be decoded, or it is of another shape than the index says.
+    """
+    if not files.keys() & set(CLIP_FILES):
+        raise DamagedSample(f"incomplete: lacks a clip ({', '.join(CLIP_FILES)})")
+    extension = next(name for name in CLIP_FILES if name in files)
+    try:
+        coded = video.read_yuv420(files[extension]) if extension in VIDEO_FILES else None
+        frames = decode_clip(files) if coded is None else coded[0]
+    except (ValueError, TypeError, EOFError) as error:
+        raise DamagedSample(f"undecodable: {error}") from error
+    t, h, w = frames.shape[:3]
+    shape = (t, h, w) if coded is None else (t, 2 * h // 3, w)
+    if shape != clip_shape(row):
+        raise DamagedSample(f"wrong shape: holds {shape}, its index says {clip_shape(row)}")
+    return (
+        torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2))) if coded is None else from_planes(*coded)
     )
-    frames = decode_clip(files)
-    if frames.shape[:3] != clip_shape(row):
-        raise ValueError(f"holds {frames.shape[:3]}, its index says {clip_shape(row)}")
-    return torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
 
 
 # --- What `stgen data encode` stored ------------------------------------------------------------------------------
@@ -266,34 +357,41 @@ class Stored:
     needs_pixels: Callable[[int, tuple[int, int, int]], bool]
     """Whether the clip at a position, of a shape (t, h, w), is decoded all the same."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What each sample must have, by extension."""
+        return (LATENT,) if self.text_dim is None else (LATENT, TEXT)
 
-def _read_tensors(files: dict[str, bytes], extension: str) -> dict[str, Tensor]:
-    require(extension in files, "files", sorted(files), f"{extension} among them")
+
+def _read_tensors(files: dict[str, bytes], extension: str, names: Sequence[str]) -> list[Tensor]:
+    if extension not in files:
+        raise DamagedSample(f"incomplete: lacks {extension}")
     try:
-        return load_tensors(files[extension])
+        tensors = load_tensors(files[extension])
     except SafetensorError as error:
-        raise ValueError(f"{extension} is corrupt: {error}") from error
+        raise DamagedSample(f"undecodable: {extension}: {error}") from error
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise DamagedSample(f"incomplete: {extension} holds {sorted(tensors)}, not {', '.join(missing)}")
+    return [tensors[name] for name in names]
 
 
 def read_latents(
     files: dict[str, bytes], moments: Sequence[str], shape: tuple[int, int, int, int]
 ) -> dict[str, Tensor]:
-    """The moments `z t' h' w'` of a sample's latents, as they were stored."""
-    tensors = _read_tensors(files, LATENT)
-    for name in moments:
-        require(name in tensors, f"tensors of {LATENT}", sorted(tensors), ", ".join(moments))
-        require(
-            tuple(tensors[name].shape) == shape, f"shape of {name} of {LATENT}", tuple(tensors[name].shape), f"{shape}"
-        )
-    return {name: tensors[name] for name in moments}
+    """The moments `z t' h' w'` of a sample's latents, as they were stored. Raises `DamagedSample`."""
+    tensors = dict(zip(moments, _read_tensors(files, LATENT, moments), strict=True))
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shape:
+            raise DamagedSample(f"wrong shape: {name} of {LATENT} is {tuple(tensor.shape)}, of this VAE {shape}")
+    return tensors
 
 
 def read_text(files: dict[str, bytes], dim: int) -> Tensor:
-    """The text states `n d` of a sample's caption, as they were stored."""
-    tensors = _read_tensors(files, TEXT)
-    require("states" in tensors, f"tensors of {TEXT}", sorted(tensors), "states")
-    states = tensors["states"]
-    require(states.ndim == 2 and states.shape[1] == dim, f"shape of {TEXT}", tuple(states.shape), f"(n, {dim})")
+    """The text states `n d` of a sample's caption, as they were stored. Raises `DamagedSample`."""
+    (states,) = _read_tensors(files, TEXT, ["states"])
+    if states.ndim != 2 or states.shape[1] != dim:
+        raise DamagedSample(f"wrong shape: {TEXT} is {tuple(states.shape)}, of this encoder (n, {dim})")
     return states
 
 
@@ -301,77 +399,141 @@ def read_text(files: dict[str, bytes], dim: int) -> Tensor:
 
 
 class ClipDataset(Dataset):
-    """Clips by position: `dataset[p]` is `{"video": uint8 c t h w, "caption": str, "fps": frames/s, "position": p, "shape":
-    (t, h, w)}`. With `stored` it has `latents` and `text` too, and `video` only where that says so.
+    """Clips by position: `dataset[p]` is `{"video": RGB uint8 c t h w or YUV420, "caption": str, "fps": frames/s, "position": p,
+    "shape": (t, h, w), "damaged": what it stands in for}`; `stgen.data.color` makes RGB and pixels in [-1, 1] of either.
+
+    With something stored it has `latents` and `text` too, and `video` only where that needs it.
 
     Args:
-        stored: what `stgen data encode` stored of all clips; None reads pixels alone.
         shuffle: True is the order of training. False is for looking at the clips one by one: the first `len(dataset)`
-            positions are each clip once, as the index has them, with the shapes taking turns.
+            positions are each clip once, as the index has them, with the shapes taking turns, and nothing stands in for
+            what is damaged.
+        find_stored: told the source and its index, says what to read of what `stgen data encode` stored; None reads pixels.
 
     Raises:
-        ValueError: the folder is unusable, a clip fits no bucket, or a bucket has no clips.
+        ValueError: the folder is unusable, clips lack what is to be read, a clip fits no bucket, a bucket has no clips, or
+            more clips than `data.max_damaged` are known to be damaged (of a local folder: missing or truncated). Of
+            `dataset[p]`: a clip is damaged without `shuffle`, or all that could stand in for it are; the source fails.
     """
 
-    def __init__(self, config: DataConfig, seed: int = 0, shuffle: bool = True, stored: Stored | None = None) -> None:
-        self.folder = Path(config.path)
-        self.rows = read_index(config.path)
-        self.stored = stored
-        if stored is None:
-            bare = [row["key"] for row in self.rows if not row["files"].keys() & set(CLIP_FILES)]
-            pixels = "clips with pixels; `stgen data encode --drop-pixels` left these out"
-            require(not bare, f"data {config.path}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", pixels)
-        for extension in [] if stored is None else [LATENT, TEXT] if stored.text_dim is not None else [LATENT]:
-            bare = [row["key"] for row in self.rows if extension not in row["files"]]
-            whole = f"a {extension} in all; encode the clips again with `stgen data encode`"
-            require(
-                not bare, f"data {config.path}", f"{len(bare)} clips without {extension}, such as {bare[:1]}", whole
-            )
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int = 0,
+        shuffle: bool = True,
+        find_stored: Callable[[Source, Index], Stored | None] | None = None,
+    ) -> None:
+        self.config, self.shuffle = config, shuffle
+        self.source = open_source(config.path, config.cache, config.cache_gib)
+        # The index is not cached: it is small, and may change.
+        self.rows = open_index(open_source(config.index or config.path))
+        self.stored = None if find_stored is None else find_stored(self.source, self.rows)
+        self._require_files()
         buckets = config.buckets or [Bucket(config.num_frames, config.height, config.width)]
-        members: dict[tuple[int, int, int], list[dict[str, Any]]] = {bucket.shape: [] for bucket in buckets}
-        other: list[dict[str, Any]] = []
-        for row in self.rows:
-            members.get(clip_shape(row), other).append(row)
-        if other:
-            raise ValueError(
-                f"data {config.path}: {len(other)} of {len(self.rows)} clips are not of the configured shape "
-                f"(num_frames, height, width) = {' or '.join(map(str, members))}; "
-                f"the first, {other[0]['key']}, is {clip_shape(other[0])}"
-            )
-        found = ", ".join(f"{len(rows)} of {shape}" for shape, rows in members.items() if rows)
-        for shape, rows in members.items():
-            require(len(rows) > 0, "data.buckets", shape, f"shapes that clips of {config.path} have: {found}")
-        self.buckets = list(members.values())
+        shapes = [bucket.shape for bucket in buckets]
+        self.buckets = [np.flatnonzero((self.rows.shapes == shape).all(1)) for shape in shapes]
+        self._require_all_fit(shapes)
         sizes = [len(rows) for rows in self.buckets]
         if shuffle:
             self.order = ClipOrder(sizes, seed, [bucket.keep for bucket in buckets], config.block or 1)
         else:
             self.order = ClipOrder(sizes, seed, shuffle=False)
+        self._damaged: dict[int, str] = {}
+        if isinstance(self.source, LocalFolder):
+            self._damaged = missing_parts(self.source, self.rows)
+        else:
+            self.source.check_random_access(self.rows.shards[0])
+        self.check_damage([self._damage(i) for i in self._damaged])
+
+    def _require_files(self) -> None:
+        """Raises `ValueError` if there are clips without what is to be read of each."""
+        layouts = [set(files) for files in self.rows.layouts]
+        if self.stored is None:
+            lacking = {"pixels": [LATENT in files and not files & set(CLIP_FILES) for files in layouts]}
+            hint = "`stgen data encode --drop-pixels` left them out"
+        else:
+            lacking = {name: [name not in files for files in layouts] for name in self.stored.files}
+            hint = "encode all clips with `stgen data encode`, or set use_encoded=false"
+        for name, layout_lacks in lacking.items():
+            bare = np.flatnonzero(np.array(layout_lacks)[self.rows.layout])
+            if len(bare):
+                key = self.rows[int(bare[0])]["key"]
+                raise ValueError(
+                    f"data {self.config.path}: {len(bare)} of {len(self.rows)} clips have no {name}, such as {key}; {hint}"
+                )
+
+    def _require_all_fit(self, shapes: list[tuple[int, int, int]]) -> None:
+        path, fits = self.config.path, np.zeros(len(self.rows), bool)
+        for rows in self.buckets:
+            fits[rows] = True
+        other = np.flatnonzero(~fits)
+        if len(other):
+            first = self.rows[int(other[0])]
+            raise ValueError(
+                f"data {path}: {len(other)} of {len(self.rows)} clips are not of the configured shape "
+                f"(num_frames, height, width) = {' or '.join(map(str, shapes))}; "
+                f"the first, {first['key']}, is {clip_shape(first)}"
+            )
+        pairs = list(zip(shapes, map(len, self.buckets), strict=True))
+        found = ", ".join(f"{count} of {shape}" for shape, count in pairs if count)
+        for shape, count in pairs:
+            require(count > 0, "data.buckets", shape, f"shapes that clips of {path} have: {found}")
 
     def row(self, position: int) -> dict[str, Any]:
-        """The index row of the sample at `position`."""
+        """The index row of the sample at `position`; where it is damaged another stands in for it."""
         bucket, i = self.order[position]
-        return self.buckets[bucket][i]
+        return self.rows[int(self.buckets[bucket][i])]
 
-    def __getitem__(self, position: int) -> dict[str, Any]:
-        row = self.row(position)
+    def read(self, row: dict[str, Any], position: int) -> dict[str, Any]:
+        """The sample of an index row, as it stands at a position.
+
+        Raises:
+            DamagedSample: it cannot be used.
+            SourceError: the source fails.
+        """
         stored, shape = self.stored, clip_shape(row)
         pixels = stored is None or stored.needs_pixels(position, shape)
-        wanted = {*CLIP_FILES} if pixels else set()
-        if stored is not None:
-            wanted |= {LATENT, TEXT} if stored.text_dim is not None else {LATENT}
+        wanted = (*(CLIP_FILES if pixels else ()), *(stored.files if stored is not None else ()))
+        files = read_files(self.source, row, wanted)
         sample = {"caption": row["caption"], "fps": float(row["fps"]), "position": position, "shape": shape}
-        try:
-            files = read_files(self.folder, row, wanted)
-            if pixels:
-                sample["video"] = read_clip(files, row)
-            if stored is not None:
-                sample["latents"] = read_latents(files, stored.moments, stored.latent_shapes[shape])
-            if stored is not None and stored.text_dim is not None:
-                sample["text"] = read_text(files, stored.text_dim)
-        except (ValueError, TypeError, EOFError) as error:
-            raise ValueError(f"data {self.folder}: sample {row['key']} of {row['shard']}: {error}") from error
+        if pixels:
+            sample["video"] = read_clip(files, row)
+        if stored is not None:
+            sample["latents"] = read_latents(files, stored.moments, stored.latent_shapes[shape])
+        if stored is not None and stored.text_dim is not None:
+            sample["text"] = read_text(files, stored.text_dim)
         return sample
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        damaged: list[Damage] = []
+        for bucket, i in self.order.candidates(position):
+            number = int(self.buckets[bucket][i])
+            if number not in self._damaged:
+                try:
+                    return {**self.read(self.rows[number], position), "damaged": damaged}
+                except DamagedSample as error:
+                    # Kept so that it is not read again; whoever has not read it finds the same.
+                    self._damaged[number] = str(error)
+            damaged.append(self._damage(number))
+            if not self.shuffle:
+                raise ValueError(
+                    f"data {self.config.path}: sample {' of '.join(damaged[0][1::-1])}: {damaged[0].reason}"
+                )
+        raise ValueError(f"data {self.config.path}: all clips of a bucket are damaged: {count_reasons(damaged)}")
+
+    def _damage(self, number: int) -> Damage:
+        row = self.rows[number]
+        return Damage(row["shard"], row["key"], self._damaged[number])
+
+    def check_damage(self, damaged: Collection[Damage]) -> None:
+        """Raises `ValueError`, naming the clips, if these are more than `data.max_damaged` of all."""
+        if len(damaged) > self.config.max_damaged * len(self):
+            named = "; ".join(f"{d.key} of {d.shard}: {d.reason}" for d in itertools.islice(damaged, 20))
+            more = f"; and {len(damaged) - 20} more" if len(damaged) > 20 else ""
+            raise ValueError(
+                f"data {self.config.path}: {len(damaged)} of {len(self)} clips are damaged ({count_reasons(damaged)}), "
+                f"allowed: a share of data.max_damaged={self.config.max_damaged}: {named}{more}"
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -379,6 +541,37 @@ class ClipDataset(Dataset):
     def captions(self) -> list[str]:
         """The captions of all clips, from the index."""
         return [row["caption"] for row in self.rows]
+
+
+class DamageLog:
+    """What of the data was passed over, by all ranks together since the process began."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+        self.found: dict[tuple[str, str], Damage] = {}
+        self._new: list[Damage] = []
+
+    def add(self, damaged: Collection[Damage]) -> None:
+        """What stands under `damaged` in a batch of this rank."""
+        self._new += damaged
+
+    def share(self, gather: Callable[[list[Damage]], list[Damage]]) -> list[Damage]:
+        """What no rank had met before, after all ranks have told each other by `gather`; each must call this.
+
+        Raises:
+            ValueError: more than `data.max_damaged` of all clips are damaged; on all ranks at once.
+        """
+        new = {damage[:2]: damage for damage in sorted(gather(self._new)) if damage[:2] not in self.found}
+        self.found |= new
+        self._new = []
+        self.dataset.check_damage(self.found.values())
+        return list(new.values())
+
+    def metrics(self) -> dict[str, float]:
+        """`data/skipped`, the number of different clips, and `data/skipped/REASON`."""
+        reasons = Counter(damage.reason.partition(":")[0] for damage in self.found.values())
+        by_reason = {f"data/skipped/{reason.replace(' ', '_')}": float(n) for reason, n in sorted(reasons.items())}
+        return {"data/skipped": float(len(self.found)), **by_reason}
 
 
 class BatchPositions(Sampler[list[int]]):
@@ -395,17 +588,19 @@ class BatchPositions(Sampler[list[int]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Batch of samples of one shape: `video` uint8 `b c t h w`, `fps` `b` in frames/s, lists of captions and positions.
+    """Batch of samples of one shape: `video` RGB uint8 `b c t h w` or YUV420, `fps` `b` in frames/s, lists of captions and
+    positions, and one list of all that is `damaged`.
 
-    With what was stored: `latents` of `b z t' h' w'`, a list `text` of `n d`; then `video` is `k c t h w`, of the k clips
-    that `has_video` `b` says.
+    With what was stored: `latents` of `b z t' h' w'`, a list `text` of `n d`; then `video` is of the k clips that
+    `has_video`, bool `b`, says.
     """
     videos = [s["video"] for s in samples if "video" in s]
-    batch = {
-        "video": torch.stack(videos) if videos else torch.empty(0, 3, *samples[0]["shape"], dtype=torch.uint8),
+    batch: dict[str, Any] = {
+        "video": stack_clips(videos) if videos else torch.empty(0, 3, *samples[0]["shape"], dtype=torch.uint8),
         "fps": torch.tensor([s["fps"] for s in samples]),
         "caption": [s["caption"] for s in samples],
         "position": [s["position"] for s in samples],
+        "damaged": [damage for s in samples for damage in s["damaged"]],
     }
     if "latents" in samples[0]:
         batch["latents"] = {name: torch.stack([s["latents"][name] for s in samples]) for name in samples[0]["latents"]}
@@ -415,22 +610,44 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     return batch
 
 
+class _ErrorsAsSamples(Dataset):
+    """A worker would hand on an exception as a traceback of many lines; a user's mistake, or his network's, is one line."""
+
+    def __init__(self, dataset: ClipDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, position: int) -> dict[str, Any] | ValueError:
+        try:
+            return self.dataset[position]
+        except ValueError as error:
+            return error
+
+
+def _collate_or_hand_on(samples: list[dict[str, Any] | ValueError]) -> dict[str, Any] | ValueError:
+    return next((s for s in samples if isinstance(s, ValueError)), None) or collate(samples)  # type: ignore[arg-type]
+
+
+def _raise_errors(batches: Iterator[dict[str, Any] | ValueError]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
 def clip_loader(
     dataset: ClipDataset, start: int, batch_size: int, workers: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Endless batches of one rank, from global position `start` on, each of one bucket.
+    """Endless batches of one rank, from global position `start` on, each of one bucket. Ranks and workers may be more than
+    there are shards: each reads just the clips that it is asked for.
 
     Raises:
-        ValueError: there are several buckets, and batches of this size would mix them.
+        ValueError: there are several buckets, and batches of this size would mix them. While it runs, as `dataset[p]`.
     """
     block = dataset.order.block
     if len(dataset.order.sizes) > 1:
         require(block % batch_size == 0, "batch_size", batch_size, f"a divisor of data.block={block}")
         require(start % batch_size == 0, "start", start, f"a multiple of batch_size={batch_size}")
     sampler = BatchPositions(start, batch_size, rank, world_size)
-    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
-
-
-def to_pixels(clip: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return clip.float() / 127.5 - 1
+    samples = _ErrorsAsSamples(dataset)
+    loader = DataLoader(samples, batch_sampler=sampler, num_workers=workers, collate_fn=_collate_or_hand_on)
+    return _raise_errors(iter(loader))

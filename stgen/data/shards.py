@@ -4,28 +4,49 @@ A data folder holds plain WebDataset shards, which any WebDataset reader opens, 
 `KEY.mp4` or another of `CLIP_FILES` (npy: uint8 `t h w c`; an image is a clip of one frame), and `KEY.json` `{caption, fps,
 num_frames, height, width, source}`; `stgen data encode` adds `ENCODED_FILES`, or puts them in the clip's place. An index row
 repeats the json and says where each file lies, `{key, shard, files: {ext: [offset, size]}, ...}`, so that counts and
-captions need no scan, and any sample is one `seek` away.
+captions need no scan, and any sample is one `seek` away. Its numbers stand once more as columns in
+`index.columns.safetensors`, which is read in no time and can be left out; `skipped.jsonl` names what of the shards is
+damaged and therefore not in the index.
 """
 
+import hashlib
+import io
 import json
+import mmap
 import os
+import re
 import tarfile
-from collections.abc import Iterator
+import tempfile
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import webdataset as wds
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from stgen.config import require
+from stgen.data.sources import LocalFolder, Pipe, Source, check_name, open_source
 
 INDEX = "index.jsonl"
+COLUMNS = "index.columns.safetensors"
+SKIPPED = "skipped.jsonl"
 IMAGE_FILES = ("png", "jpg", "jpeg", "webp")
-CLIP_FILES = ("npy", "mp4", "mkv", *IMAGE_FILES)
+VIDEO_FILES = ("mp4", "mkv")
+CLIP_FILES = ("npy", *VIDEO_FILES, *IMAGE_FILES)
 LATENT, TEXT = ENCODED_FILES = ("latent.safetensors", "text.safetensors")
 ENCODING = "encode.json"
 """What `stgen data encode` stored in a folder, and with which models; without an index it is still at work, or was."""
 CLIP_FIELDS = ("caption", "fps", "num_frames", "height", "width", "source")
+PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
+"""Extensions that WebDataset unpickles, which runs whatever code the file holds."""
 
 
 class ShardWriter:
@@ -73,88 +94,341 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._close_shard()
         if kind is None:
-            write_index(self.folder, self._shards)
+            skipped = write_index(self.folder, self._shards)
+            assert not skipped, skipped  # they were written just now
 
 
-def index_shard(shard: str | Path) -> Iterator[dict[str, Any]]:
-    """The index rows of one shard, from its tar headers and json files.
+# --- Indexing -----------------------------------------------------------------------------------------------------
+
+
+class Damage(NamedTuple):
+    """What cannot be used, and why; the key is empty where it is of no one sample."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+def count_reasons(damaged: Iterable[Damage]) -> str:
+    """Such as "3 truncated, 1 undecodable"; details behind a colon are left out."""
+    counts = Counter(damage.reason.partition(":")[0] for damage in damaged)
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+class _ShardReader(io.RawIOBase):
+    """A shard as a file that can seek, whatever its source."""
+
+    def __init__(self, source: Source, name: str, size: int) -> None:
+        self.source, self.name, self.length, self.position = source, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self.length - self.position))
+        data = self.source.read(self.name, self.position, size) if size else b""
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def index_shard(source: Source, name: str) -> tuple[list[dict[str, Any]], list[Damage]]:
+    """The index rows of the whole samples of one shard, from its tar headers and json files; and what is not whole.
 
     Raises:
-        ValueError: the shard is missing, empty, no whole tar file, or a sample lacks its json or its clip.
+        ValueError: a sample holds a pickle.
+        SourceError: the source fails.
     """
-    shard = Path(shard)
-    require(shard.is_file(), "shard", str(shard), "a file that exists")
     samples: dict[str, dict[str, Any]] = {}
+    damaged: list[Damage] = []
     try:
-        with tarfile.open(shard, "r:") as tar:
+        size = source.size(name)
+        assert size is not None
+        # Headers and json files are small and far apart in local shards; every request to a store takes its time.
+        file = io.BufferedReader(_ShardReader(source, name, size), 2**13 if isinstance(source, LocalFolder) else 2**20)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                key, _, extension = member.name.partition(".")
-                row = samples.setdefault(key, {"key": key, "shard": shard.name, "files": {}})
+                # As WebDataset splits names: everything behind the first dot of the last part is the extension.
+                match = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name)
+                if not member.isfile() or match is None:
+                    continue
+                key, extension = match[1], match[2].lower()
+                pickled = extension.rpartition(".")[2] in PICKLES
+                require(not pickled, f"shard {name}: sample {key}", extension, "files that are no pickles")
+                row = samples.setdefault(key, {"key": key, "shard": name, "files": {}})
+                if member.offset_data + member.size > size:
+                    row["files"].pop(extension, None)
+                    continue
                 row["files"][extension] = [member.offset_data, member.size]
                 if extension == "json":
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    row |= json.load(file)
-    except (tarfile.TarError, json.JSONDecodeError, EOFError) as error:
-        raise ValueError(f"shard {shard} is corrupt: {error}") from error
-    if not samples:
-        raise ValueError(f"shard {shard} is empty")
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    try:
+                        row |= json.load(content)
+                    except (ValueError, TypeError) as error:
+                        row["unreadable"] = f"json unreadable: {error}"
+            # A header that makes no sense ends the archive for tarfile, without a word.
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                damaged.append(Damage(name, "", f"corrupt: no end of the tar at byte {tar.offset}"))
+    except FileNotFoundError:
+        return [], [Damage(name, "", "missing")]
+    except (tarfile.TarError, EOFError) as error:
+        damaged.append(Damage(name, "", f"corrupt: {error}"))
+    rows = []
     for row in samples.values():
-        missing = [name for name in CLIP_FIELDS if name not in row]
-        if missing or not row["files"].keys() & {*CLIP_FILES, LATENT}:
+        missing = [field for field in CLIP_FIELDS if field not in row]
+        if "unreadable" in row:
+            damaged.append(Damage(name, row["key"], row["unreadable"]))
+        elif missing or not row["files"].keys() & {*CLIP_FILES, LATENT}:
             lacks = ", ".join(missing) if missing else f"a clip ({', '.join(CLIP_FILES)})"
-            raise ValueError(f"shard {shard}: sample {row['key']} lacks {lacks}")
-        yield row
+            damaged.append(Damage(name, row["key"], f"incomplete: lacks {lacks}"))
+        else:
+            rows.append(row)
+    return rows, damaged
 
 
-def write_index(folder: str | Path, shards: list[Path] | None = None) -> None:
-    """Indexes `shards`, by default every tar below the folder, into `folder/index.jsonl`, written aside and renamed.
+def write_index(
+    folder: str | Path, shards: Sequence[Path] | None = None, out: str | Path | None = None
+) -> list[Damage]:
+    """Indexes `shards`, by default every tar below the folder, into `out/index.jsonl`, written aside and renamed.
 
-    Shards may lie in subfolders, as those of several shapes do.
-    """
-    shards = sorted(Path(folder).rglob("*.tar")) if shards is None else shards
-    require(len(shards) > 0, "shards", str(folder), "at least one shard in the folder")
-    target = Path(folder) / INDEX
-    temporary = target.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        for shard in shards:
-            for row in index_shard(shard):
-                file.write(json.dumps(row | {"shard": shard.relative_to(folder).as_posix()}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    Shards may lie in subfolders, as those of several shapes do. Whole samples of damaged shards are indexed; what is left
+    out stands in `out/skipped.jsonl` and is returned.
 
-
-def read_index(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of `folder/index.jsonl`, checked against the shards that lie there.
+    Args:
+        folder: local, or of a source that lists its files (`stgen.data.sources`).
+        out: a local folder, by default `folder` itself.
 
     Raises:
-        ValueError: no folder, no index, an empty index, or a shard that is missing or shorter than its index says.
+        ValueError: no shard, not one whole sample, a pickle among the samples, or no `out` for a folder elsewhere.
+        SourceError: the source fails.
     """
-    folder = Path(folder)
-    require(folder.is_dir(), "data", str(folder), "a folder of shards (write one with `stgen data`)")
+    source = open_source(str(folder))
+    if out is None:
+        require(isinstance(source, LocalFolder), "out", out, f"a local folder for the index of {folder}")
+        out = folder
+    names = source.shards() if shards is None else [shard.relative_to(folder).as_posix() for shard in shards]
+    require(len(names) > 0, "shards", str(folder), "at least one shard in the folder")
+    target, skipped, count = Path(out) / INDEX, [], 0
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        for name in tqdm(names, desc="index", unit="shard", disable=len(names) < 10, leave=False):
+            rows, damaged = index_shard(source, name)
+            skipped += damaged
+            count += len(rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    if count == 0:
+        temporary.unlink()
+        first = " ".join(part for part in skipped[0] if part) if skipped else "they are empty"
+        raise ValueError(f"shards {folder}: no whole sample in {len(names)} shards: {first}")
+    (Path(out) / SKIPPED).unlink(missing_ok=True)
+    if skipped:
+        (Path(out) / SKIPPED).write_text("".join(json.dumps(damage._asdict()) + "\n" for damage in skipped))
+    # The index comes last: a folder that has one is a whole data set.
+    Index.parse(_mapped(temporary), str(temporary)).save_columns(Path(out) / COLUMNS)
+    temporary.replace(target)
+    return skipped
+
+
+# --- The index ----------------------------------------------------------------------------------------------------
+
+
+def _mapped(path: Path) -> mmap.mmap | bytes:
+    """A file that is not read before it is looked at, and that all processes of the machine have once."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+class Index(Sequence[dict[str, Any]]):
+    """The rows of an index. Only columns of numbers are in memory, 40 bytes a row; a row is parsed whenever it is asked for.
+
+    Attributes:
+        shapes: int32 `n 3`: (num_frames, height, width).
+        fps: float64 `n`, frames/s.
+        shard: int32 `n`, number of the shard in `shards`.
+        ends: int64 `n`, the byte of the shard behind a sample's last.
+        layout: int32 `n`, number in `layouts`, the sets of extensions that samples have.
+    """
+
+    _COLUMNS = ("starts", "shapes", "fps", "shard", "ends", "layout")
+
+    def __init__(
+        self, data: mmap.mmap | bytes, columns: dict[str, NDArray], shards: list[str], layouts: list[str]
+    ) -> None:
+        self._data, self._starts = data, columns["starts"]
+        self.shapes, self.fps, self.shard = columns["shapes"], columns["fps"], columns["shard"]
+        self.ends, self.layout = columns["ends"], columns["layout"]
+        self.shards, self.layouts = shards, [tuple(layout.split(" ")) for layout in layouts]
+
+    @staticmethod
+    def parse(data: mmap.mmap | bytes, name: str) -> "Index":
+        """Reads the columns out of the lines themselves.
+
+        Raises:
+            ValueError: a line is no row of an index.
+        """
+        starts, shapes, fps, shard, ends, layout = (array(code) for code in "qidiqi")
+        shards: dict[str, int] = {}
+        layouts: dict[str, int] = {}
+        position = 0
+        for line in io.BufferedReader(_Bytes(data), 2**20):
+            try:
+                row = json.loads(line)
+                shapes.extend((row["num_frames"], row["height"], row["width"]))
+                fps.append(row["fps"])
+                ends.append(max(offset + size for offset, size in row["files"].values()))
+                if row["shard"] not in shards:
+                    shards[check_name(row["shard"])] = len(shards)
+                shard.append(shards[row["shard"]])
+                layout.append(layouts.setdefault(" ".join(sorted(row["files"])), len(layouts)))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                raise ValueError(
+                    f"data {name} is corrupt in line {len(starts) + 1}: {error}; write it again with `stgen data index`"
+                ) from error
+            starts.append(position)
+            position += len(line)
+        starts.append(position)
+        columns: dict[str, NDArray] = {
+            "starts": np.array(starts, np.int64),
+            "shapes": np.array(shapes, np.int32).reshape(-1, 3),
+            "fps": np.array(fps, np.float64),
+            "shard": np.array(shard, np.int32),
+            "ends": np.array(ends, np.int64),
+            "layout": np.array(layout, np.int32),
+        }
+        return Index(data, columns, list(shards), list(layouts))
+
+    def save_columns(self, path: Path) -> None:
+        """Writes the columns, with a checksum of the lines that they are of."""
+        columns = {name: getattr(self, "_starts" if name == "starts" else name) for name in self._COLUMNS}
+        about = {
+            "crc32": zlib.crc32(self._data),
+            "shards": self.shards,
+            "layouts": [" ".join(names) for names in self.layouts],
+        }
+        temporary = path.with_suffix(".tmp")
+        # Under one key, since safetensors writes several in any order.
+        save_file(columns, temporary, {"about": json.dumps(about)})
+        temporary.replace(path)
+
+    @staticmethod
+    def load_columns(data: mmap.mmap | bytes, path: Path) -> "Index | None":
+        """The index of these lines by the columns in a file; None if they are of other lines, or there are none."""
+        try:
+            with safe_open(path, framework="np") as file:
+                about = json.loads((file.metadata() or {}).get("about", "{}"))
+                if about.get("crc32") != zlib.crc32(data):
+                    return None
+                columns = {name: file.get_tensor(name) for name in Index._COLUMNS}
+        except (OSError, SafetensorError):
+            return None
+        return Index(data, columns, [check_name(name) for name in about["shards"]], about["layouts"])
+
+    def digest(self) -> str:
+        """SHA-256 of the lines."""
+        return hashlib.sha256(self._data).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, i: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return json.loads(self._data[self._starts[i] : self._starts[i + 1]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that is not a fork gets a copy.
+        return {**self.__dict__, "_data": bytes(self._data)}
+
+
+class _Bytes(io.RawIOBase):
+    """Bytes, or a mapped file, as a file; BytesIO would copy them."""
+
+    def __init__(self, data: mmap.mmap | bytes) -> None:
+        self.data, self.position = memoryview(data), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        part = self.data[self.position : self.position + len(buffer)]
+        buffer[: len(part)] = part
+        self.position += len(part)
+        return len(part)
+
+
+def open_index(source: Source) -> Index:
+    """The index of a folder, whatever its shards are like.
+
+    Raises:
+        ValueError: no index, an empty one, or a corrupt one.
+        SourceError: the source fails.
+    """
+    if isinstance(source, LocalFolder):
+        return _load_index(source.folder, str(source.folder / INDEX))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            source.fetch(INDEX, Path(folder) / INDEX)
+            if not isinstance(source, Pipe):  # which cannot tell that there are none
+                source.fetch(COLUMNS, Path(folder) / COLUMNS)
+        except FileNotFoundError:
+            (Path(folder) / COLUMNS).unlink(missing_ok=True)
+        return _load_index(Path(folder), f"{source.url}/{INDEX}")
+
+
+def _load_index(folder: Path, name: str) -> Index:
     path = folder / INDEX
+    if not path.is_file() and (folder / ENCODING).is_file():
+        raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
     if not path.is_file():
-        if (folder / ENCODING).is_file():
-            raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
-        hint = "stgen data index" if list(folder.glob("*.tar")) else "stgen data"
-        raise ValueError(f"data {folder} has no {INDEX}: write it with `{hint}`")
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        raise ValueError(f"data {path} is corrupt: {error}; write it again with `stgen data index`") from error
-    require(len(rows) > 0, "data", str(path), "an index with at least one clip")
-    ends: dict[str, int] = {}
-    for row in rows:
-        ends[row["shard"]] = max(
-            [ends.get(row["shard"], 0), *(offset + size for offset, size in row["files"].values())]
+        raise ValueError(
+            f"data: there is no {name}: write it with `stgen data index`, or name its folder with data.index"
         )
-    for name, end in ends.items():
-        shard = folder / name
-        if not shard.is_file():
-            raise ValueError(f"data {folder}: shard {name} is in the index but not in the folder")
-        if shard.stat().st_size < end:
-            raise ValueError(
-                f"data {folder}: shard {name} has {shard.stat().st_size} bytes, its index says {end}: torn"
-            )
-    return rows
+    data = _mapped(path)
+    index = Index.load_columns(data, folder / COLUMNS) or Index.parse(data, name)
+    require(len(index) > 0, "data", name, "an index with at least one clip")
+    return index
+
+
+def missing_parts(source: LocalFolder, index: Index) -> dict[int, str]:
+    """The rows whose sample is not in the folder, and why: its shard is missing, or ends before it."""
+    sizes = []
+    for name in index.shards:
+        path = source.folder / name
+        sizes.append(path.stat().st_size if path.is_file() else -1)
+    size = np.array(sizes)[index.shard]
+    rows = np.flatnonzero(index.ends > size)
+    return {int(i): "missing shard" if size[i] < 0 else "truncated" for i in rows}
+
+
+def read_index(folder: str | Path) -> Index:
+    """The index of a folder; if that is local, all samples are there.
+
+    Raises:
+        ValueError: no folder, no index, an empty or corrupt index, or a shard that is missing or shorter than its index says.
+        SourceError: the source fails.
+    """
+    source = open_source(str(folder))
+    index = open_index(source)
+    for i, reason in (missing_parts(source, index) if isinstance(source, LocalFolder) else {}).items():
+        raise ValueError(f"data {folder}: sample {index[i]['key']} of {index[i]['shard']}: {reason}")
+    return index

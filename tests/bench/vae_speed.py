@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformer_speed import peak_kib, seconds
 
 from stgen import AutoencoderKLSTGen
-from stgen.data.reading import to_pixels
+from stgen.data.color import to_pixels
 from stgen.video import stream_video
 
 WIDTHS = (32, 64, 128, 128)
