@@ -6,7 +6,9 @@ The folder that it writes is the source's shards with further files in each samp
     index.jsonl          as of any data folder, with the further files; written last
     encode.json          `Encoding`: what was stored, and fingerprints of the models that made it; written first
     encode.safetensors   the text states of the empty prompt, a `TextCache`
+    skipped.jsonl        clips that could not be decoded and are left out, if there are any
     .lock                held while a job runs
+    .SHARD.damaged.jsonl what was left out of a shard, for who goes on with the job
 
 Latents are moments, mean and logarithm of the variance, on the VAE's own scale, so that training can take the mode or draw.
 A shard is written under another name and renamed, so the same command goes on with those that are missing, whatever died.
@@ -36,7 +38,19 @@ from transformers.utils import cached_file
 from stgen.config import require
 from stgen.data.color import stack_clips, to_pixels, to_rgb
 from stgen.data.reading import DamagedSample, Stored, clip_shape, fold_seed, read_clip, read_files
-from stgen.data.shards import CLIP_FILES, ENCODED_FILES, ENCODING, INDEX, LATENT, TEXT, Index, open_index, write_index
+from stgen.data.shards import (
+    CLIP_FILES,
+    ENCODED_FILES,
+    ENCODING,
+    INDEX,
+    LATENT,
+    SKIPPED,
+    TEXT,
+    Damage,
+    Index,
+    open_index,
+    write_index,
+)
 from stgen.data.sources import Source, open_source
 from stgen.jobs import Pool, only_job
 from stgen.masks import MaskSpec, Shape, draw_mixture, given_latents_are_exact
@@ -232,9 +246,10 @@ def encode_clips(
     dtype: str = "float16",
     drop_pixels: bool = False,
     batch_size: int = 8,
+    max_damaged: float = 0.01,
     device: str | None = None,
     pool: Pool | None = None,
-) -> None:
+) -> list[Damage]:
     """Writes the clips of the data folder `data` with their latents, and with text states if an encoder is given.
 
     A shard is encoded once, and so is a caption within it. What is finished is kept when the command is rerun.
@@ -247,18 +262,22 @@ def encode_clips(
         dtype: of what is stored: float16, bfloat16 or float32.
         drop_pixels: leaves the clips out. Training then has no masks but those whose given latents the stored ones are.
         batch_size: clips of one shape that follow each other in a shard and are encoded together.
+        max_damaged: share of the clips that may turn out damaged, 0 to 1; they are left out.
         device: of a job without `pool`; None is the CPU.
         pool: Ray actors that share the shards; None works in this process. A cluster's machines need this machine's
             paths.
 
+    Returns:
+        What is damaged, as it stands in `out/skipped.jsonl`.
     Raises:
-        ValueError: an argument is none of these, `out` holds something else, or a clip cannot be decoded. The other shards
-            are finished first.
+        ValueError: an argument is none of these, `out` holds something else, a shard cannot be encoded, or more clips than
+            `max_damaged` are damaged. All other shards are finished first.
         RuntimeError: a worker can't load the models.
     """
     require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     require(batch_size >= 1, "batch_size", batch_size, "1 or more")
     require(max_text_length >= 1, "max_text_length", max_text_length, "1 or more")
+    require(0 <= max_damaged <= 1, "max_damaged", max_damaged, "0 to 1")
     # Workers may have another working directory.
     source, out = open_source(str(Path(data).absolute() if Path(data).exists() else data)), Path(out).absolute()
     rows = open_index(source)
@@ -298,9 +317,23 @@ def encode_clips(
             failures = _encode(worker, todo, clips, bar.update, pool) if todo else []
         if failures:
             raise ValueError(f"{len(failures)} of {len(shards)} shards failed; {failures[0]}")
+        notes = [_damage_of(path) for path in shards if _damage_of(path).exists()]
+        found = [Damage(**json.loads(line)) for path in notes for line in path.read_text().splitlines()]
+        if len(found) > max_damaged * len(rows):
+            first = "; ".join(f"{damage.key} of {damage.shard}: {damage.reason}" for damage in found[:20])
+            share = f"a share of max_damaged={max_damaged}"
+            raise ValueError(f"data {data}: {len(found)} of {len(rows)} clips are damaged, allowed: {share}: {first}")
         if not (out / INDEX).exists():
             damaged = write_index(out, shards)
             assert not damaged, damaged  # they were written just now
+            if found:
+                (out / SKIPPED).write_text("".join(json.dumps(damage._asdict()) + "\n" for damage in found))
+    return found
+
+
+def _damage_of(shard: Path) -> Path:
+    """Where it stands what was left out of a shard."""
+    return shard.with_name(f".{shard.name}.damaged.jsonl")
 
 
 def _claim(out: Path, encoding: Encoding) -> None:
@@ -365,23 +398,27 @@ class _Encoder:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
+            damaged: list[Damage] = []
             with temporary.open("wb") as file:
                 with wds.TarWriter(file, encoder=False, mtime=0) as tar:
-                    for sample in self._samples(rows):
+                    for sample in self._samples(rows, damaged):
                         tar.write(sample)
                         update(1)
                 file.flush()
                 os.fsync(file.fileno())
+            if damaged:
+                _damage_of(path).write_text("".join(json.dumps(damage._asdict()) + "\n" for damage in damaged))
             temporary.replace(path)
+            update(len(damaged))
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _samples(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _samples(self, rows: list[dict[str, Any]], damaged: list[Damage]) -> Iterator[dict[str, Any]]:
         texts = self._texts(sorted({row["caption"] for row in rows}))
         for _, alike in itertools.groupby(rows, clip_shape):
             run = list(alike)
             for first in range(0, len(run), self.encoding.batch_size):
-                yield from self._batch(run[first : first + self.encoding.batch_size], texts)
+                yield from self._batch(run[first : first + self.encoding.batch_size], texts, damaged)
 
     def _texts(self, captions: list[str]) -> dict[str, bytes]:
         if self.text is None:
@@ -390,22 +427,27 @@ class _Encoder:
         pairs = zip(captions, states, strict=True)
         return {caption: self._bytes(f"text states of {caption!r}", states=row) for caption, row in pairs}
 
-    def _batch(self, rows: list[dict[str, Any]], texts: dict[str, bytes]) -> Iterator[dict[str, Any]]:
-        samples, clips = [], []
+    def _batch(
+        self, rows: list[dict[str, Any]], texts: dict[str, bytes], damaged: list[Damage]
+    ) -> Iterator[dict[str, Any]]:
+        whole, samples, clips = [], [], []
+        left_out = ENCODED_FILES if self.encoding.pixels else (*ENCODED_FILES, *CLIP_FILES)
         for row in rows:
             try:
                 files = read_files(self.source, row, row["files"])
                 clips.append(read_clip(files, row))
             except DamagedSample as error:
-                where = f"data {self.source.url}: sample {row['key']} of {row['shard']}"
-                raise ValueError(f"{where}: {error}") from error
-            left_out = ENCODED_FILES if self.encoding.pixels else (*ENCODED_FILES, *CLIP_FILES)
+                damaged.append(Damage(row["shard"], row["key"], str(error)))
+                continue
+            whole.append(row)
             samples.append({name: data for name, data in files.items() if name not in left_out})
+        if not clips:
+            return
         video = to_rgb(stack_clips(clips))
-        length = max(1, _PIECE_PIXELS // (len(rows) * video[0, 0, 0].numel()))
+        length = max(1, _PIECE_PIXELS // (len(clips) * video[0, 0, 0].numel()))
         pieces = (to_pixels(piece.to(self.device)) for piece in video.split(length, dim=2))
         moments = encode_moments_stream(self.vae, pieces)
-        for i, (row, files) in enumerate(zip(rows, samples, strict=True)):
+        for i, (row, files) in enumerate(zip(whole, samples, strict=True)):
             parts = {name: x[i] for name, x in vars(moments).items() if x is not None}
             files[LATENT] = self._bytes(f"latents of {row['key']}", **parts)
             if self.text is not None:

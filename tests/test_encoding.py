@@ -509,17 +509,22 @@ def test_encoding_refuses(
     } == {path: data for path, data in before.items() if path.name != ".lock"}
 
 
-def test_a_torn_clip_is_named_and_the_other_shards_are_finished(world: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(world / "pixels", tmp_path / "data")
+def test_damaged_clips_are_left_out_up_to_a_share(world: Path, tmp_path: Path) -> None:
+    data, out = shutil.copytree(world / "pixels", tmp_path / "data"), tmp_path / "out"
     rewrite(data, lambda sample: sample.update(npy=b"torn" if sample["__key__"] == "0-0003" else sample["npy"]))
     for _ in range(2):
-        with pytest.raises(ValueError, match="1 of 3 shards failed; data .*: sample 0-0003 of shard-000000.tar: "):
-            encode_clips(data, world / "vae", tmp_path / "out")
-        assert [path.name for path in sorted((tmp_path / "out").glob("*.tar*"))] == [
-            "shard-000001.tar",
-            "shard-000002.tar",
-        ]
-    assert not (tmp_path / "out" / "index.jsonl").exists()
+        with pytest.raises(
+            ValueError, match="1 of 12 clips are damaged, allowed: .*=0.01: 0-0003 of shard-000000.tar: undecod"
+        ):
+            encode_clips(data, world / "vae", out)
+        assert not (out / "index.jsonl").exists()
+    written = contents(out)
+    (damage,) = encode_clips(data, world / "vae", out, max_damaged=0.1)
+    assert (damage.shard, damage.key) == ("shard-000000.tar", "0-0003")
+    assert json.loads((out / "skipped.jsonl").read_text()) == damage._asdict()
+    keys = [json.loads(line)["key"] for line in (out / "index.jsonl").read_text().splitlines()]
+    assert keys == [f"0-{i:04d}" for i in range(12) if i != 3]
+    assert written.items() <= contents(out).items()  # no shard was written again
 
 
 # --- Jobs that die ------------------------------------------------------------------------------------------------
