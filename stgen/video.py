@@ -139,8 +139,7 @@ def read_yuv420(source: str | Path | bytes) -> tuple[Frames, str, bool] | None:
     Raises:
         ValueError: as `read_video`.
     """
-    frames: list[Frames] = []
-    first = None
+    clip, full, matrix, count = np.empty((0, 0, 0), np.uint8), False, 0, 0
     with _open_video(source) as (container, stream):
         if stream.codec_context.codec.canonical_name not in _LEFT_CHROMA:
             return None
@@ -149,23 +148,26 @@ def read_yuv420(source: str | Path | bytes) -> tuple[Frames, str, bool] | None:
             if frame.is_corrupt:
                 raise ValueError(f"{_name(source)} is corrupt at frame {index}")
             h, w, pixels = frame.height, frame.width, frame.format.name
-            kind = (h, w, pixels, int(frame.colorspace), int(frame.color_range))
-            usual = pixels in ("yuv420p", "yuvj420p") and h % 2 == w % 2 == 0 and int(frame.colorspace) in _MATRIX
-            plain = int(frame.color_trc) not in (16, 18) and frame.side_data.get("DISPLAYMATRIX") is None  # PQ, HLG
-            if not usual or not plain or kind != (first := first or kind):
+            if index == 0:
+                matrix, full = int(frame.colorspace), pixels == "yuvj420p" or frame.color_range == ColorRange.JPEG
+                plain = int(frame.color_trc) not in (16, 18) and frame.side_data.get("DISPLAYMATRIX") is None  # PQ, HLG
+                if not plain or matrix not in _MATRIX or h % 2 or w % 2:
+                    return None
+                clip = np.empty((stream.frames or 32, h * 3 // 2, w), np.uint8)
+            if pixels not in ("yuv420p", "yuvj420p") or clip.shape[1:] != (h * 3 // 2, w):
                 return None
-            picture = np.empty((h * 3 // 2, w), np.uint8)
+            if index == len(clip):  # the header said nothing, or too little
+                clip = np.concatenate([clip, np.empty_like(clip)])
             begin = 0
-            for plane in frame.planes:
-                rows, columns = plane.height, plane.width
+            for plane, (rows, columns) in zip(frame.planes, ((h, w), (h // 2, w // 2), (h // 2, w // 2)), strict=True):
                 coded = np.frombuffer(plane, np.uint8).reshape(rows, plane.line_size)  # type: ignore[call-overload]
                 end = begin + rows * columns
-                picture.reshape(-1)[begin:end].reshape(rows, columns)[:] = coded[:, :columns]
+                clip[index].reshape(-1)[begin:end].reshape(rows, columns)[:] = coded[:, :columns]
                 begin = end
-            frames.append(picture)
-    if first is None:
+            count = index + 1
+    if count == 0:
         raise ValueError(f"{_name(source)} has no frames")
-    return np.stack(frames), _MATRIX[first[3]], first[2] == "yuvj420p" or first[4] == ColorRange.JPEG
+    return clip[:count], _MATRIX[matrix], full
 
 
 # --- Writing ------------------------------------------------------------------------------------------------------

@@ -263,40 +263,6 @@ class DamagedSample(Exception):
     """A sample that cannot be used; the message is the reason, its kind before the first colon."""
 
 
-_GAP = 2**16  # bytes; what lies between two files of a sample is read too, if it is less, since a request costs more
-
-
-def read_parts(source: Source, shard: str, parts: dict[str, tuple[int, int]]) -> dict[str, bytes]:
-    """The parts {name: (offset, size)} of a shard, in as few reads as it takes.
-
-    Raises:
-        DamagedSample: the shard is missing, or ends too early.
-        SourceError: the source fails.
-    """
-    runs: list[list[str]] = []
-    end = 0
-    for name in sorted(parts, key=parts.__getitem__):
-        offset, size = parts[name]
-        if runs and offset - end <= _GAP:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-        end = max(end, offset + size)
-    found = {}
-    for run in runs:
-        begin, stop = parts[run[0]][0], max(sum(parts[name]) for name in run)
-        try:
-            data = memoryview(source.read(shard, begin, stop - begin))
-        except FileNotFoundError as error:
-            raise DamagedSample("missing shard") from error
-        if len(data) < stop - begin:
-            raise DamagedSample("truncated")
-        for name in run:
-            offset, size = parts[name]
-            found[name] = bytes(data[offset - begin : offset - begin + size])
-    return found
-
-
 def read_files(source: Source, row: dict[str, Any], wanted: Collection[str]) -> dict[str, bytes]:
     """Those of the wanted files that the sample of an index row has, by extension.
 
@@ -308,7 +274,12 @@ def read_files(source: Source, row: dict[str, Any], wanted: Collection[str]) -> 
     if "json" not in row["files"]:
         raise DamagedSample("incomplete: lacks json")
     parts = {name: (part[0], part[1]) for name, part in row["files"].items() if name in wanted or name == "json"}
-    files = read_parts(source, row["shard"], parts)
+    try:
+        files = dict(zip(parts, source.read_parts(row["shard"], list(parts.values())), strict=True))
+    except FileNotFoundError as error:
+        raise DamagedSample("missing shard") from error
+    if any(len(files[name]) < size for name, (_, size) in parts.items()):
+        raise DamagedSample("truncated")
     try:
         matches = row | json.loads(files["json"]) == row
     except (ValueError, TypeError) as error:

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
@@ -35,6 +35,7 @@ RETRY_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 TIMEOUT = 60.0
 """Seconds of silence after which a web server counts as failing."""
 GIB = 2**30
+_GAP = 2**16  # bytes
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 ResultT = TypeVar("ResultT")
@@ -69,14 +70,31 @@ class Source(ABC):
         self.url = url
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        """The bytes [offset, offset + size) of a file, or those of them that it has.
+        """The bytes [offset, offset + size) of a file, or those of them that it has. Raises as `read_parts`."""
+        return self.read_parts(name, [(offset, size)])[0]
+
+    def read_parts(self, name: str, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+        """The bytes [offset, offset + size) of a file for each of several (offset, size), or those of them that it has.
 
         Raises:
             FileNotFoundError: there is no such file.
             SourceError: it could not be read, for a reason that is not the data's.
         """
-        require(offset >= 0 and size >= 0, f"part of shard {name}", [offset, size], "an offset and a size, 0 or more")
-        return self._insist(name, lambda: self._read(check_name(name), offset, size))
+        for part in parts:
+            require(min(part) >= 0, f"part of shard {name}", part, "an offset and a size, 0 or more")
+        return self._insist(name, lambda: self._read_parts(check_name(name), parts))
+
+    def _read_parts(self, name: str, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+        """In as few requests as it takes: what lies between two parts is read too, if it is less than a request costs."""
+        runs: list[tuple[int, int]] = []
+        for offset, size in sorted(parts):
+            if runs and offset <= runs[-1][1] + _GAP:
+                runs[-1] = runs[-1][0], max(runs[-1][1], offset + size)
+            else:
+                runs.append((offset, offset + size))
+        found = {begin: self._read(name, begin, end - begin) for begin, end in runs}
+        begins = [max(begin for begin in found if begin <= offset) for offset, _ in parts]
+        return [found[b][offset - b : offset - b + size] for b, (offset, size) in zip(begins, parts, strict=True)]
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where only reading it would tell. Raises as `read`."""
@@ -134,12 +152,12 @@ class LocalFolder(Source):
         super().__init__(url)
         self.folder = Path(url)
 
+    def _read_parts(self, name: str, parts: Sequence[tuple[int, int]]) -> list[bytes]:
+        with (self.folder / name).open("rb", buffering=0) as file:
+            return [os.pread(file.fileno(), size, offset) for offset, size in parts]
+
     def _read(self, name: str, offset: int, size: int) -> bytes:
-        file = os.open(self.folder / name, os.O_RDONLY)
-        try:
-            return os.pread(file, size, offset)
-        finally:
-            os.close(file)
+        return self._read_parts(name, [(offset, size)])[0]
 
     def _size(self, name: str) -> int:
         return (self.folder / name).stat().st_size
@@ -295,7 +313,7 @@ class Cached(Source):
         # What lies at another place must not be taken for it.
         self.folder = self.root / hashlib.sha256(source.url.encode()).hexdigest()[:16]
 
-    def _read(self, name: str, offset: int, size: int) -> bytes:
+    def _read_parts(self, name: str, parts: Sequence[tuple[int, int]]) -> list[bytes]:
         file: BinaryIO
         try:
             file = (self.folder / name).open("rb")
@@ -303,7 +321,10 @@ class Cached(Source):
             file = self._whole(name)
         with file:
             os.utime(file.fileno())  # the least recently used goes first
-            return os.pread(file.fileno(), size, offset)
+            return [os.pread(file.fileno(), size, offset) for offset, size in parts]
+
+    def _read(self, name: str, offset: int, size: int) -> bytes:
+        return self._read_parts(name, [(offset, size)])[0]
 
     def _size(self, name: str) -> int | None:
         path = self.folder / name
