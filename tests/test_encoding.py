@@ -443,6 +443,20 @@ def test_a_sample_with_other_tensors_is_named(
     assert batch["damaged"][0].reason.startswith(named)
 
 
+def test_a_torn_clip_with_whole_latents_is_used_where_no_pixels_are_needed(world: Path, tmp_path: Path) -> None:
+    """Whatever else a process has read before, or the order of samples would depend on ranks, workers and resuming."""
+    shutil.copytree(world / "float16", tmp_path / "data")
+    rewrite(tmp_path / "data", lambda sample: sample.update(npy=b"torn") if sample["__key__"] == "0-0003" else None)
+    masks = (MaskSpec(), MaskSpec("moving_box"))
+    chosen = config(tmp_path, "data", *masks, vae=str(world / "vae"), text_encoder=str(world / "text"))
+    long_read, positions = opened(chosen), range(36)
+    found = [[damage.key for damage in long_read[position]["damaged"]] for position in positions]
+    assert found == [[damage.key for damage in opened(chosen)[position]["damaged"]] for position in positions]
+    asked = [p for p in positions if long_read.row(p)["key"] == "0-0003"]
+    assert {bool(found[p]) for p in asked} == {False, True}
+    assert [bool(found[p]) for p in asked] == [long_read.stored.needs_pixels(p, SHAPE) for p in asked]
+
+
 def test_without_pixels(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "latents"
     encode_clips(world / "pixels", world / "vae", out, str(world / "text"), 64, "float32", drop_pixels=True)

@@ -409,12 +409,14 @@ class ClipDataset(Dataset):
             self.order = ClipOrder(sizes, seed, [bucket.keep for bucket in buckets], config.block or 1)
         else:
             self.order = ClipOrder(sizes, seed, shuffle=False)
-        self._damaged: dict[int, str] = {}
+        missing = {}
         if isinstance(self.source, LocalFolder):
-            self._damaged = missing_parts(self.source, self.rows)
+            missing = missing_parts(self.source, self.rows)
         else:
             self.source.check_random_access(self.rows.shards[0])
-        self.check_damage([self._damage(i) for i in self._damaged])
+        # Apart for whether pixels are read, since latents may be whole beside a torn clip.
+        self._damaged = {False: missing, True: dict(missing)}
+        self.check_damage([self._damage(i, reason) for i, reason in missing.items()])
 
     def _require_files(self) -> None:
         """Raises `ValueError` if there are clips without what is to be read of each."""
@@ -455,15 +457,14 @@ class ClipDataset(Dataset):
         bucket, i = self.order[position]
         return self.rows[int(self.buckets[bucket][i])]
 
-    def read(self, row: dict[str, Any], position: int) -> dict[str, Any]:
-        """The sample of an index row, as it stands at a position.
+    def read(self, row: dict[str, Any], position: int, pixels: bool = True) -> dict[str, Any]:
+        """The sample of an index row, as it stands at a position, with its pixels or without.
 
         Raises:
             DamagedSample: it cannot be used.
             SourceError: the source fails.
         """
         stored, shape = self.stored, clip_shape(row)
-        pixels = stored is None or stored.needs_pixels(position, shape)
         wanted = (*(CLIP_FILES if pixels else ()), *(stored.files if stored is not None else ()))
         files = read_files(self.source, row, wanted)
         sample = {"caption": row["caption"], "fps": float(row["fps"]), "position": position, "shape": shape}
@@ -479,22 +480,25 @@ class ClipDataset(Dataset):
         damaged: list[Damage] = []
         for bucket, i in self.order.candidates(position):
             number = int(self.buckets[bucket][i])
-            if number not in self._damaged:
+            row = self.rows[number]
+            pixels = self.stored is None or self.stored.needs_pixels(position, clip_shape(row))
+            known = self._damaged[pixels]
+            if number not in known:
                 try:
-                    return {**self.read(self.rows[number], position), "damaged": damaged}
+                    return {**self.read(row, position, pixels), "damaged": damaged}
                 except DamagedSample as error:
                     # Kept so that it is not read again; whoever has not read it finds the same.
-                    self._damaged[number] = str(error)
-            damaged.append(self._damage(number))
+                    known[number] = str(error)
+            damaged.append(self._damage(number, known[number]))
             if not self.shuffle:
                 raise ValueError(
                     f"data {self.config.path}: sample {' of '.join(damaged[0][1::-1])}: {damaged[0].reason}"
                 )
         raise ValueError(f"data {self.config.path}: all clips of a bucket are damaged: {count_reasons(damaged)}")
 
-    def _damage(self, number: int) -> Damage:
+    def _damage(self, number: int, reason: str) -> Damage:
         row = self.rows[number]
-        return Damage(row["shard"], row["key"], self._damaged[number])
+        return Damage(row["shard"], row["key"], reason)
 
     def check_damage(self, damaged: Collection[Damage]) -> None:
         """Raises `ValueError`, naming the clips, if these are more than `data.max_damaged` of all."""
