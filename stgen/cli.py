@@ -122,7 +122,7 @@ def index(
 
 @data.command("encode")
 def encode(
-    data: Annotated[Path, typer.Option(help="folder of shards")],
+    data: Annotated[str, typer.Option(help="folder of shards")],
     vae: Annotated[str, typer.Option(help="saved VAE folder, of any class that the pipeline takes")],
     out: Annotated[Path, typer.Option(help="folder to write")],
     text_encoder: Annotated[
@@ -132,6 +132,7 @@ def encode(
     dtype: Annotated[str, typer.Option(help="of what is stored: float16, bfloat16 or float32")] = "float16",
     drop_pixels: Annotated[bool, typer.Option(help="leave the clips out; few masks need none")] = False,
     batch_size: Annotated[int, typer.Option(help="clips of one shape encoded together")] = 8,
+    max_damaged: Annotated[float, typer.Option(help="share of clips that may be damaged and are left out")] = 0.01,
     device: Annotated[Optional[str], typer.Option(help="cpu or cuda, without actors; none is the CPU")] = None,
     actors: Annotated[Optional[int], typer.Option(help="Ray workers; none encodes in this process")] = None,
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to join; none runs a local Ray")] = None,
@@ -139,13 +140,17 @@ def encode(
     cpus_per_actor: Annotated[float, typer.Option()] = 1,
 ) -> None:
     """Stores latents and text states with the clips, for training; the same command resumes."""
+    from stgen.data.shards import SKIPPED, count_reasons
     from stgen.encoding import encode_clips
     from stgen.jobs import Pool
 
     pool = None
     if actors is not None or address is not None:
         pool = Pool(address, 1 if actors is None else actors, gpus_per_actor, cpus_per_actor)
-    encode_clips(data, vae, out, text_encoder, max_text_length, dtype, drop_pixels, batch_size, device, pool)
+    settings = (text_encoder, max_text_length, dtype, drop_pixels, batch_size, max_damaged, device, pool)
+    damaged = encode_clips(data, vae, out, *settings)
+    if damaged:
+        print(f"left out: {count_reasons(damaged)} (see {out / SKIPPED})", file=sys.stderr)
     print(out)
 
 

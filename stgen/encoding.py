@@ -6,7 +6,9 @@ The folder that it writes is the source's shards with further files in each samp
     index.jsonl          as of any data folder, with the further files; written last
     encode.json          `Encoding`: what was stored, and fingerprints of the models that made it; written first
     encode.safetensors   the text states of the empty prompt, a `TextCache`
+    skipped.jsonl        clips that could not be decoded and are left out, if there are any
     .lock                held while a job runs
+    .SHARD.damaged.jsonl what was left out of a shard, for who goes on with the job
 
 Latents are moments, mean and logarithm of the variance, on the VAE's own scale, so that training can take the mode or draw.
 A shard is written under another name and renamed, so the same command goes on with those that are missing, whatever died.
@@ -26,6 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import webdataset as wds
 from safetensors.torch import save
@@ -35,8 +38,20 @@ from transformers.utils import cached_file
 from stgen.config import require
 from stgen.data.color import stack_clips, to_pixels, to_rgb
 from stgen.data.reading import DamagedSample, Stored, clip_shape, fold_seed, read_clip, read_files
-from stgen.data.shards import CLIP_FILES, ENCODED_FILES, ENCODING, INDEX, LATENT, TEXT, read_index, write_index
-from stgen.data.sources import LocalFolder
+from stgen.data.shards import (
+    CLIP_FILES,
+    ENCODED_FILES,
+    ENCODING,
+    INDEX,
+    LATENT,
+    SKIPPED,
+    TEXT,
+    Damage,
+    Index,
+    open_index,
+    write_index,
+)
+from stgen.data.sources import Source, open_source
 from stgen.jobs import Pool, only_job
 from stgen.masks import MaskSpec, Shape, draw_mixture, given_latents_are_exact
 from stgen.models.latents import (
@@ -47,7 +62,7 @@ from stgen.models.latents import (
     load_vae,
     temporal_reach,
 )
-from stgen.text import TextCache, encode_distinct, load_text_encoder, text_encoder_folder
+from stgen.text import TextCache, encode_distinct, encode_text, load_text_encoder, text_encoder_folder
 from stgen.tracking import progress_bar
 
 EMPTY_PROMPT = "encode.safetensors"
@@ -117,7 +132,7 @@ class PixelNeeds:
     def __call__(self, position: int, shape: Shape) -> bool:
         return shape not in self._never and not self._exact(draw_mask(self.masks, self.seed, position, shape)[0])
 
-    def require_none(self, folder: str | Path) -> None:
+    def require_none(self, folder: str) -> None:
         """Raises `ValueError` for a kind of masks that needs pixels in one of 256 draws for a shape."""
         for spec, shape in itertools.product(self.masks, self.shapes):
             exact = all(self._exact(spec.draw(shape, torch.Generator().manual_seed(i))) for i in range(_DRAWS))
@@ -148,6 +163,8 @@ class Encoding:
     """Fingerprint."""
     text: str | None
     """Fingerprint of the text encoder; None if no text was stored."""
+    text_dim: int | None
+    """Width of its states."""
     max_text_length: int | None
     """Tokens of a caption."""
     dtype: str
@@ -168,52 +185,53 @@ class Encoding:
             allowed = f"{self.max_text_length}, with which the captions were encoded; {other}"
             require(max_text_length == self.max_text_length, "max_text_length", max_text_length, allowed)
 
-    def stored(
-        self,
-        folder: str | Path,
-        vae: VideoVAE,
-        shapes: Sequence[Shape],
-        masks: Sequence[MaskSpec],
-        seed: int,
-        moments: Sequence[str] = ("mean",),
-    ) -> Stored:
-        """What training with these masks reads of each clip; `logvar` is needed where the posterior is sampled.
 
-        Raises:
-            ValueError: a kind of masks needs pixels, and the folder has none.
-        """
-        needs = PixelNeeds(tuple(masks), seed, compression_ratios(vae)[0], temporal_reach(vae), tuple(shapes))
-        if not self.pixels:
-            needs.require_none(folder)
-        return Stored(
-            latent_shapes={shape: latent_shape(vae, *shape) for shape in shapes},
-            moments=tuple(moments),
-            text_dim=None if self.text is None else TextCache(Path(folder) / EMPTY_PROMPT).dim,
-            needs_pixels=needs,
-        )
-
-
-def read_encoding(folder: str | Path) -> Encoding | None:
-    """What was stored in a data folder, or None if that are pixels alone.
+def read_encoding(source: Source, rows: Index) -> Encoding | None:
+    """What was stored with the clips of a data folder, or None if that are pixels alone.
 
     Raises:
-        ValueError: encode.json is corrupt, or missing where the clips have latents.
+        ValueError: the clips have latents and there is no encode.json, or a corrupt one.
+        SourceError: the source fails.
     """
-    path = Path(folder) / ENCODING
-    if not path.is_file():
-        index = Path(folder) / INDEX
-        first = index.open().readline() if index.is_file() else ""
-        require(
-            LATENT not in first,
-            f"data {folder}",
-            f"latents without {ENCODING}",
-            f"latents with the {ENCODING} of their encoding",
-        )
+    if not any(LATENT in files for files in rows.layouts):
         return None
     try:
-        return Encoding(**json.loads(path.read_text()))
+        return Encoding(**json.loads(source.read(ENCODING, 0, 2**16)))
+    except FileNotFoundError as error:
+        lacking = "the one that `stgen data encode` writes beside the shards, or use_encoded=false"
+        raise ValueError(f"{ENCODING} of data {source.url} is missing, allowed: {lacking}") from error
     except (ValueError, TypeError) as error:
-        raise ValueError(f"data {path} is corrupt: {error}") from error
+        raise ValueError(f"{ENCODING} of data {source.url} is corrupt: {error}") from error
+
+
+def find_stored(
+    vae: VideoVAE,
+    shapes: Sequence[Shape],
+    masks: Sequence[MaskSpec],
+    seed: int,
+    moments: Sequence[str],
+    source: Source,
+    rows: Index,
+) -> Stored | None:
+    """What a training with these masks reads of each clip of a folder; None if there is nothing but pixels.
+
+    Args:
+        shapes: (t, h, w) of the clips.
+        seed: of the run.
+        moments: of the latents: `mean`, and `logvar` where the posterior is sampled.
+
+    Raises:
+        ValueError: as `read_encoding`, or a kind of masks needs pixels and there are clips that have none.
+        SourceError: the source fails.
+    """
+    encoding = read_encoding(source, rows)
+    if encoding is None:
+        return None
+    needs = PixelNeeds(tuple(masks), seed, compression_ratios(vae)[0], temporal_reach(vae), tuple(shapes))
+    if not all(set(files) & set(CLIP_FILES) for files in rows.layouts):
+        needs.require_none(source.url)
+    latent_shapes = {shape: latent_shape(vae, *shape) for shape in shapes}
+    return Stored(latent_shapes, tuple(moments), encoding.text_dim, needs)
 
 
 # --- The job ------------------------------------------------------------------------------------------------------
@@ -228,46 +246,55 @@ def encode_clips(
     dtype: str = "float16",
     drop_pixels: bool = False,
     batch_size: int = 8,
+    max_damaged: float = 0.01,
     device: str | None = None,
     pool: Pool | None = None,
-) -> None:
+) -> list[Damage]:
     """Writes the clips of the data folder `data` with their latents, and with text states if an encoder is given.
 
     A shard is encoded once, and so is a caption within it. What is finished is kept when the command is rerun.
 
     Args:
+        data: local, or of any source (`stgen.data.sources`).
         vae: folder of a saved VAE, of any class of `stgen.models.latents.VideoVAE`.
         out: the folder to write: new, or of the same job.
         text_encoder, max_text_length: as the training takes them.
         dtype: of what is stored: float16, bfloat16 or float32.
         drop_pixels: leaves the clips out. Training then has no masks but those whose given latents the stored ones are.
         batch_size: clips of one shape that follow each other in a shard and are encoded together.
+        max_damaged: share of the clips that may turn out damaged, 0 to 1; they are left out.
         device: of a job without `pool`; None is the CPU.
         pool: Ray actors that share the shards; None works in this process. A cluster's machines need this machine's
             paths.
 
+    Returns:
+        What is damaged, as it stands in `out/skipped.jsonl`.
     Raises:
-        ValueError: an argument is none of these, `out` holds something else, or a clip cannot be decoded. The other shards
-            are finished first.
+        ValueError: an argument is none of these, `out` holds something else, a shard cannot be encoded, or more clips than
+            `max_damaged` are damaged. All other shards are finished first.
         RuntimeError: a worker can't load the models.
     """
-    data, out = Path(data).absolute(), Path(out).absolute()
     require(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
     require(batch_size >= 1, "batch_size", batch_size, "1 or more")
     require(max_text_length >= 1, "max_text_length", max_text_length, "1 or more")
-    rows = read_index(data)
-    bare = rows.without(CLIP_FILES)
-    require(not bare, f"data {data}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", "clips with pixels")
+    require(0 <= max_damaged <= 1, "max_damaged", max_damaged, "0 to 1")
+    # Workers may have another working directory.
+    source, out = open_source(str(Path(data).absolute() if Path(data).exists() else data)), Path(out).absolute()
+    rows = open_index(source)
+    bare = [files for files in rows.layouts if not set(files) & set(CLIP_FILES)]
+    require(not bare, f"data {data}", f"clips of {', '.join(bare[0]) if bare else ''} alone", "clips with pixels")
     fits = pool is None or device is None
     require(fits, "device", device, "none with actors, which work on GPUs if gpus_per_actor is above 0")
     try:
         load_vae(vae)  # refuses what is none, before anything is written
     except OSError as error:
         raise ValueError(f"vae is {str(vae)!r}, allowed: one in safetensors: {str(error).splitlines()[0]}") from error
+    empty = None if text_encoder is None else encode_text(*load_text_encoder(text_encoder), [""], max_text_length)[0]
     encoding = Encoding(
-        source=hashlib.sha256((data / INDEX).read_bytes()).hexdigest(),
+        source=rows.digest(),
         vae=fingerprint(vae),
         text=None if text_encoder is None else _text_fingerprint(text_encoder),
+        text_dim=None if empty is None else empty.shape[-1],
         max_text_length=None if text_encoder is None else max_text_length,
         dtype=dtype,
         batch_size=batch_size,
@@ -279,22 +306,34 @@ def encode_clips(
         _claim(out, encoding)
         if text_encoder is not None:
             TextCache.build(out / EMPTY_PROMPT, text_encoder, [""], max_text_length)
-        shards: dict[str, list[dict[str, Any]]] = {}
-        for row in rows:
-            shards.setdefault(row["shard"], []).append(row)
         for torn in out.rglob(".*.tar.*.tmp"):  # what killed workers left
             torn.unlink()
-        todo = [members for shard, members in shards.items() if not (out / shard).exists()]
-        done = len(rows) - sum(map(len, todo))
+        shards, clips = [out / name for name in rows.shards], np.bincount(rows.shard).tolist()
+        todo = [number for number, path in enumerate(shards) if not path.exists()]
         if todo:
             (out / INDEX).unlink(missing_ok=True)  # of shards that somebody took away since
-        worker = (data, out, str(vae), text_encoder, encoding, (device or "cpu") if pool is None else pool.device)
-        with progress_bar(len(rows), done, True, "encode") as bar:
-            failures = _encode(worker, todo, bar.update, pool) if todo else []
+        worker = (source, out, str(vae), text_encoder, encoding, (device or "cpu") if pool is None else pool.device)
+        with progress_bar(len(rows), len(rows) - sum(clips[number] for number in todo), True, "encode") as bar:
+            failures = _encode(worker, todo, clips, bar.update, pool) if todo else []
         if failures:
             raise ValueError(f"{len(failures)} of {len(shards)} shards failed; {failures[0]}")
+        notes = [_damage_of(path) for path in shards if _damage_of(path).exists()]
+        found = [Damage(**json.loads(line)) for path in notes for line in path.read_text().splitlines()]
+        if len(found) > max_damaged * len(rows):
+            first = "; ".join(f"{damage.key} of {damage.shard}: {damage.reason}" for damage in found[:20])
+            share = f"a share of max_damaged={max_damaged}"
+            raise ValueError(f"data {data}: {len(found)} of {len(rows)} clips are damaged, allowed: {share}: {first}")
         if not (out / INDEX).exists():
-            write_index(out, [out / shard for shard in shards])
+            damaged = write_index(out, shards)
+            assert not damaged, damaged  # they were written just now
+            if found:
+                (out / SKIPPED).write_text("".join(json.dumps(damage._asdict()) + "\n" for damage in found))
+    return found
+
+
+def _damage_of(shard: Path) -> Path:
+    """Where it stands what was left out of a shard."""
+    return shard.with_name(f".{shard.name}.damaged.jsonl")
 
 
 def _claim(out: Path, encoding: Encoding) -> None:
@@ -314,22 +353,22 @@ def _claim(out: Path, encoding: Encoding) -> None:
 
 
 def _encode(
-    arguments: tuple[Any, ...], todo: list[list[dict[str, Any]]], update: Callable[[int], Any], pool: Pool | None
+    arguments: tuple[Any, ...], todo: list[int], clips: list[int], update: Callable[[int], Any], pool: Pool | None
 ) -> list[str]:
-    """Writes a shard of each of these lists of rows; returns why some could not be written."""
+    """Writes the shards of these numbers, which have so many clips; returns why some could not be written."""
     failures = []
     if pool is None:
         encoder = _Encoder(*arguments)
-        for rows in todo:
+        for shard in todo:
             try:
-                encoder.run(rows, update)
+                encoder.run(shard, update)
             except ValueError as error:
                 failures.append(str(error))
         return failures
     with pool.start():
-        for rows, _, failure in pool.map(_Encoder, arguments, todo, "the models"):
-            update(len(rows))
-            failures += [f"{rows[0]['shard']}: {failure}"] if failure else []
+        for shard, _, failure in pool.map(_Encoder, arguments, todo, "the models"):
+            update(clips[shard])
+            failures += [failure] if failure else []
     return failures
 
 
@@ -337,10 +376,10 @@ class _Encoder:
     """The models, and what they do with a shard; or what an actor is: a process with the models in it."""
 
     def __init__(
-        self, data: Path, out: Path, vae: str, text_encoder: str | None, encoding: Encoding, device: str
+        self, source: Source, out: Path, vae: str, text_encoder: str | None, encoding: Encoding, device: str
     ) -> None:
-        self.data, self.out, self.encoding, self.device = data, out, encoding, torch.device(device)
-        self.source = LocalFolder(str(data))
+        self.source, self.out, self.encoding, self.device = source, out, encoding, torch.device(device)
+        self.rows = open_index(source)
         self.vae = load_vae(vae).requires_grad_(False).to(self.device)
         self.text = None
         if text_encoder is not None:
@@ -350,31 +389,36 @@ class _Encoder:
     def ready(self) -> None:
         """Returns as soon as the worker has started."""
 
-    def run(self, rows: list[dict[str, Any]], update: Callable[[int], Any] = lambda clips: None) -> None:
-        """Writes the shard of these rows, and tells how many clips are done as it goes."""
-        path = self.out / rows[0]["shard"]
+    def run(self, shard: int, update: Callable[[int], Any] = lambda clips: None) -> None:
+        """Writes the shard of this number in the index, and tells how many clips are done as it goes."""
+        path = self.out / self.rows.shards[shard]
         if path.exists():  # a worker before this one died between finishing it and saying so
             return
+        rows = [self.rows[int(i)] for i in np.flatnonzero(self.rows.shard == shard)]
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
+            damaged: list[Damage] = []
             with temporary.open("wb") as file:
                 with wds.TarWriter(file, encoder=False, mtime=0) as tar:
-                    for sample in self._samples(rows):
+                    for sample in self._samples(rows, damaged):
                         tar.write(sample)
                         update(1)
                 file.flush()
                 os.fsync(file.fileno())
+            if damaged:
+                _damage_of(path).write_text("".join(json.dumps(damage._asdict()) + "\n" for damage in damaged))
             temporary.replace(path)
+            update(len(damaged))
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _samples(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def _samples(self, rows: list[dict[str, Any]], damaged: list[Damage]) -> Iterator[dict[str, Any]]:
         texts = self._texts(sorted({row["caption"] for row in rows}))
         for _, alike in itertools.groupby(rows, clip_shape):
             run = list(alike)
             for first in range(0, len(run), self.encoding.batch_size):
-                yield from self._batch(run[first : first + self.encoding.batch_size], texts)
+                yield from self._batch(run[first : first + self.encoding.batch_size], texts, damaged)
 
     def _texts(self, captions: list[str]) -> dict[str, bytes]:
         if self.text is None:
@@ -383,21 +427,27 @@ class _Encoder:
         pairs = zip(captions, states, strict=True)
         return {caption: self._bytes(f"text states of {caption!r}", states=row) for caption, row in pairs}
 
-    def _batch(self, rows: list[dict[str, Any]], texts: dict[str, bytes]) -> Iterator[dict[str, Any]]:
-        samples, clips = [], []
+    def _batch(
+        self, rows: list[dict[str, Any]], texts: dict[str, bytes], damaged: list[Damage]
+    ) -> Iterator[dict[str, Any]]:
+        whole, samples, clips = [], [], []
+        left_out = ENCODED_FILES if self.encoding.pixels else (*ENCODED_FILES, *CLIP_FILES)
         for row in rows:
             try:
                 files = read_files(self.source, row, row["files"])
                 clips.append(read_clip(files, row))
             except DamagedSample as error:
-                raise ValueError(f"data {self.data}: sample {row['key']} of {row['shard']}: {error}") from error
-            left_out = ENCODED_FILES if self.encoding.pixels else (*ENCODED_FILES, *CLIP_FILES)
+                damaged.append(Damage(row["shard"], row["key"], str(error)))
+                continue
+            whole.append(row)
             samples.append({name: data for name, data in files.items() if name not in left_out})
+        if not clips:
+            return
         video = to_rgb(stack_clips(clips))
-        length = max(1, _PIECE_PIXELS // (len(rows) * video[0, 0, 0].numel()))
-        pieces = (to_pixels(piece, self.device) for piece in video.split(length, dim=2))
+        length = max(1, _PIECE_PIXELS // (len(clips) * video[0, 0, 0].numel()))
+        pieces = (to_pixels(piece.to(self.device)) for piece in video.split(length, dim=2))
         moments = encode_moments_stream(self.vae, pieces)
-        for i, (row, files) in enumerate(zip(rows, samples, strict=True)):
+        for i, (row, files) in enumerate(zip(whole, samples, strict=True)):
             parts = {name: x[i] for name, x in vars(moments).items() if x is not None}
             files[LATENT] = self._bytes(f"latents of {row['key']}", **parts)
             if self.text is not None:

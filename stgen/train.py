@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
 from stgen.data.color import to_pixels
 from stgen.data.reading import ClipDataset, fold_seed
-from stgen.encoding import draw_mask, read_encoding
+from stgen.encoding import EMPTY_PROMPT, draw_mask, find_stored, read_encoding
 from stgen.finetuning import (
     LoRAConfig,
     add_lora,
@@ -309,14 +310,13 @@ def open_stage(config: TrainConfig, vae: VideoVAE, check: bool) -> tuple[ClipDat
     Args:
         check: whether VAE and text encoder are compared with those that encoded, which reads them whole.
     """
-    encoding = read_encoding(config.data.path) if config.use_encoded else None
     moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
-    shapes = config.data.shapes
-    stored = encoding and encoding.stored(config.data.path, vae, shapes, config.masks, config.seed, moments)
-    dataset = ClipDataset(config.data, config.seed, stored=stored)
-    if encoding is not None and check:
+    find = partial(find_stored, vae, config.data.shapes, config.masks, config.seed, moments)
+    dataset = ClipDataset(config.data, config.seed, find_stored=find if config.use_encoded else None)
+    encoding = read_encoding(dataset.source, dataset.rows) if config.use_encoded and check else None
+    if encoding is not None:
         encoding.check(config.vae, config.text_encoder, config.max_text_length)
-    return dataset, [] if encoding is not None and encoding.text is not None else dataset.captions()
+    return dataset, [] if dataset.stored is not None and dataset.stored.text_dim is not None else dataset.captions()
 
 
 def train(config: TrainConfig) -> None:
@@ -331,14 +331,20 @@ def train(config: TrainConfig) -> None:
     device = accelerator.device
     vae = load_vae(config.vae).requires_grad_(False).to(device)
     opened = [open_stage(stage, vae, accelerator.is_main_process) for stage in configs]
+    cache = run / "cache" / "text.safetensors"
     validation = config.validation
     held_out = validation.open(last.data) if validation else None
     prompts = ["", *itertools.chain(*(captions for _, captions in opened)), *(held_out.captions() if held_out else [])]
     if accelerator.is_main_process:
         begin_run(config)
-        TextCache.build(run / "cache" / "text.safetensors", config.text_encoder, prompts, config.max_text_length)
+        stored = opened[0][0].stored
+        if set(prompts) == {""} and stored is not None and stored.text_dim is not None:  # the others lie with the clips
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            opened[0][0].source.fetch(EMPTY_PROMPT, cache)
+        else:
+            TextCache.build(cache, config.text_encoder, prompts, config.max_text_length)
     accelerator.wait_for_everyone()
-    text = TextCache(run / "cache" / "text.safetensors")
+    text = TextCache(cache)
 
     largest = (last.data.num_frames, last.data.height, last.data.width)
     rows = opened[-1][0].rows

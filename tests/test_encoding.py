@@ -29,7 +29,7 @@ from stgen.cli import main
 from stgen.data.color import to_pixels
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader, collate
 from stgen.data.shards import LATENT, TEXT, ShardWriter, write_index
-from stgen.encoding import EMPTY_PROMPT, encode_clips, fingerprint, read_encoding
+from stgen.encoding import EMPTY_PROMPT, encode_clips, find_stored, fingerprint
 from stgen.masks import MASKS, MaskSpec, fold_mask, generated_cells, given_latents_are_exact
 from stgen.models.latents import encode, encode_moments, temporal_reach
 from stgen.text import TextCache
@@ -87,20 +87,23 @@ def config(world: Path, data: str, *masks: MaskSpec, **overrides) -> TrainConfig
     )
 
 
+def opened(config: TrainConfig, vae=None, shuffle: bool = True) -> ClipDataset:
+    """The clips as the trainer opens them."""
+    moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
+    find = partial(find_stored, vae or tiny_vae(), config.data.shapes, config.masks, config.seed, moments)
+    return ClipDataset(config.data, config.seed, shuffle, find)
+
+
 def inputs(config: TrainConfig, positions: range, vae=None) -> tuple[dict, dict[str, torch.Tensor]]:
     """A batch as the trainer reads it, and what it makes of it."""
-    folder, vae = Path(config.data.path), vae or tiny_vae()
-    encoding = read_encoding(folder)
-    moments = ("mean", "logvar") if config.sample_posterior else ("mean",)
-    stored = encoding and encoding.stored(folder, vae, config.data.shapes, config.masks, config.seed, moments)
-    dataset = ClipDataset(config.data, config.seed, stored=stored)
-    if stored is not None and stored.text_dim is not None:
+    folder, dataset = Path(config.data.path), opened(config, vae)
+    if dataset.stored is not None and dataset.stored.text_dim is not None:
         text = TextCache(folder / EMPTY_PROMPT)
     else:
         TextCache.build(folder.parent / "cache.safetensors", config.text_encoder, ["", *CAPTIONS], 64)
         text = TextCache(folder.parent / "cache.safetensors")
     batch = collate([dataset[position] for position in positions])
-    return batch, model_inputs(batch, config, vae, text, CPU)
+    return batch, model_inputs(batch, config, vae or tiny_vae(), text, CPU)
 
 
 # --- What is stored -----------------------------------------------------------------------------------------------
@@ -296,9 +299,7 @@ def test_the_posterior_can_be_sampled(world: Path) -> None:
 
 def test_workers_read_what_one_process_reads(world: Path) -> None:
     chosen = config(world, "float16", MaskSpec("predict", args={"given": [1, 6]}))
-    encoding = read_encoding(chosen.data.path)
-    stored = encoding.stored(chosen.data.path, tiny_vae(), [SHAPE], chosen.masks, chosen.seed)
-    dataset = ClipDataset(chosen.data, chosen.seed, stored=stored)
+    dataset = opened(chosen)
     for (alone, helped), _ in zip(
         zip(*(clip_loader(dataset, 4, 4, n) for n in (0, 2)), strict=True), range(3), strict=False
     ):
@@ -386,13 +387,17 @@ def test_training_refuses_folders_that_are_not_whole(
 
     nameless = shutil.copytree(world / "float16", tmp_path / "nameless")
     (nameless / "encode.json").unlink()
-    assert "latents without encode.json" in refusal(capsys, trained(world, nameless))
+    assert "nameless is missing, allowed: the one that `stgen data encode` writes" in refusal(
+        capsys, trained(world, nameless)
+    )
 
     # Shards of both kinds in one folder.
     mixed = shutil.copytree(world / "float16", tmp_path / "mixed")
     shutil.copy(world / "pixels" / "shard-000001.tar", mixed)
     write_index(mixed)
-    assert "5 clips without latent.safetensors, such as ['0-0005']" in refusal(capsys, trained(world, mixed))
+    assert "5 of 12 clips have no latent.safetensors, such as 0-0005; encode all clips" in refusal(
+        capsys, trained(world, mixed)
+    )
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
@@ -413,12 +418,12 @@ def rewrite(folder: Path, change: Callable[[dict[str, bytes]], None]) -> Path:
         (
             LATENT,
             {"mean": (4, 4, 3, 3)},
-            "wrong shape: mean of latent.safetensors is (4, 4, 3, 3), not (4, 4, 4, 3)",
+            "wrong shape: mean of latent.safetensors is (4, 4, 3, 3), of this VAE (4, 4, 4, 3)",
         ),
-        (LATENT, {"logvar": (4, 4, 4, 4)}, "incomplete: latent.safetensors lacks mean"),
-        (TEXT, {"states": (7, 15)}, "wrong shape: text.safetensors is (7, 15), not (n, 16)"),
-        (TEXT, {"pooled": (7, 16)}, "incomplete: text.safetensors lacks states"),
-        (LATENT, None, "unreadable latent.safetensors: "),
+        (LATENT, {"logvar": (4, 4, 4, 3)}, "incomplete: latent.safetensors holds ['logvar'], not mean"),
+        (TEXT, {"states": (7, 15)}, "wrong shape: text.safetensors is (7, 15), of this encoder (n, 16)"),
+        (TEXT, {"pooled": (7, 16)}, "incomplete: text.safetensors holds ['pooled'], not states"),
+        (LATENT, None, "undecodable: latent.safetensors: "),
     ],
 )
 def test_a_sample_with_other_tensors_is_damaged(
@@ -426,13 +431,30 @@ def test_a_sample_with_other_tensors_is_damaged(
 ) -> None:
     data = b"torn" if tensors is None else save({name: torch.zeros(shape) for name, shape in tensors.items()})
     shutil.copytree(world / "float16", tmp_path / "data")
-    rewrite(tmp_path / "data", lambda sample: sample.update({extension: data}))
-    settings = config(tmp_path, "data", MaskSpec(), vae=str(world / "vae"), text_encoder=str(world / "text"))
-    batch, _ = inputs(settings, range(12))
-    assert batch["damaged"]
-    for damage in batch["damaged"]:
-        assert damage.shard == "shard-000000.tar"
-        assert damage.reason.startswith(named)
+    rewrite(
+        tmp_path / "data", lambda sample: sample.update({extension: data}) if sample["__key__"] == "0-0003" else None
+    )
+    chosen = config(tmp_path, "data", MaskSpec(), vae=str(world / "vae"), text_encoder=str(world / "text"))
+    with pytest.raises(ValueError, match=re.escape(f"sample 0-0003 of shard-000000.tar: {named}")):
+        [opened(chosen, shuffle=False)[i] for i in range(12)]
+    # In training another clip stands in for it, as for any that is damaged.
+    batch, _ = inputs(chosen, range(12))
+    assert {damage.key for damage in batch["damaged"]} == {"0-0003"}
+    assert batch["damaged"][0].reason.startswith(named)
+
+
+def test_a_torn_clip_with_whole_latents_is_used_where_no_pixels_are_needed(world: Path, tmp_path: Path) -> None:
+    """Whatever else a process has read before, or the order of samples would depend on ranks, workers and resuming."""
+    shutil.copytree(world / "float16", tmp_path / "data")
+    rewrite(tmp_path / "data", lambda sample: sample.update(npy=b"torn") if sample["__key__"] == "0-0003" else None)
+    masks = (MaskSpec(), MaskSpec("moving_box"))
+    chosen = config(tmp_path, "data", *masks, vae=str(world / "vae"), text_encoder=str(world / "text"))
+    long_read, positions = opened(chosen), range(36)
+    found = [[damage.key for damage in long_read[position]["damaged"]] for position in positions]
+    assert found == [[damage.key for damage in opened(chosen)[position]["damaged"]] for position in positions]
+    asked = [p for p in positions if long_read.row(p)["key"] == "0-0003"]
+    assert {bool(found[p]) for p in asked} == {False, True}
+    assert [bool(found[p]) for p in asked] == [long_read.stored.needs_pixels(p, SHAPE) for p in asked]
 
 
 def test_without_pixels(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -454,12 +476,13 @@ def test_without_pixels(world: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         line = refusal(capsys, trained(world, out, f"masks=[{{kind: generate_all}}, {kind}]"))
         assert f'masks.kind is "{named}"' in line or f"masks.kind is '{named}'" in line
         assert f"since {out} has no pixels to encode anew" in line
-    plain = DataConfig(str(out), *SHAPE)
     with pytest.raises(
-        ValueError, match=r"is \"12 clips of latents alone, such as \['0-0000'\]\", allowed: clips with pixels"
+        ValueError, match="12 of 12 clips have no pixels, such as 0-0000; `stgen data encode --drop-pixels` left"
     ):
-        ClipDataset(plain)  # as train_vae, evaluate and reconstruct open it
-    with pytest.raises(ValueError, match="12 clips of latents alone"):
+        ClipDataset(DataConfig(str(out), *SHAPE))  # as train_vae, evaluate and reconstruct open it
+    with pytest.raises(
+        ValueError, match=r"is 'clips of json, latent.safetensors, text.safetensors alone', allowed: clips with"
+    ):
         encode_clips(out, world / "vae", tmp_path / "again")
 
 
@@ -500,17 +523,22 @@ def test_encoding_refuses(
     } == {path: data for path, data in before.items() if path.name != ".lock"}
 
 
-def test_a_torn_clip_is_named_and_the_other_shards_are_finished(world: Path, tmp_path: Path) -> None:
-    data = shutil.copytree(world / "pixels", tmp_path / "data")
+def test_damaged_clips_are_left_out_up_to_a_share(world: Path, tmp_path: Path) -> None:
+    data, out = shutil.copytree(world / "pixels", tmp_path / "data"), tmp_path / "out"
     rewrite(data, lambda sample: sample.update(npy=b"torn" if sample["__key__"] == "0-0003" else sample["npy"]))
     for _ in range(2):
-        with pytest.raises(ValueError, match="1 of 3 shards failed; data .*: sample 0-0003 of shard-000000.tar: "):
-            encode_clips(data, world / "vae", tmp_path / "out")
-        assert [path.name for path in sorted((tmp_path / "out").glob("*.tar*"))] == [
-            "shard-000001.tar",
-            "shard-000002.tar",
-        ]
-    assert not (tmp_path / "out" / "index.jsonl").exists()
+        with pytest.raises(
+            ValueError, match="1 of 12 clips are damaged, allowed: .*=0.01: 0-0003 of shard-000000.tar: undecod"
+        ):
+            encode_clips(data, world / "vae", out)
+        assert not (out / "index.jsonl").exists()
+    written = contents(out)
+    (damage,) = encode_clips(data, world / "vae", out, max_damaged=0.1)
+    assert (damage.shard, damage.key) == ("shard-000000.tar", "0-0003")
+    assert json.loads((out / "skipped.jsonl").read_text()) == damage._asdict()
+    keys = [json.loads(line)["key"] for line in (out / "index.jsonl").read_text().splitlines()]
+    assert keys == [f"0-{i:04d}" for i in range(12) if i != 3]
+    assert written.items() <= contents(out).items()  # no shard was written again
 
 
 # --- Jobs that die ------------------------------------------------------------------------------------------------

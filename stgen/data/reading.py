@@ -47,6 +47,7 @@ from stgen.data.shards import (
     TEXT,
     VIDEO_FILES,
     Damage,
+    Index,
     count_reasons,
     missing_parts,
     open_index,
@@ -329,40 +330,40 @@ class Stored:
     """Whether the clip at a position, of a shape (t, h, w), is decoded all the same."""
 
     @property
-    def files(self) -> list[str]:
-        """The extensions that are read."""
-        return [LATENT] if self.text_dim is None else [LATENT, TEXT]
+    def files(self) -> tuple[str, ...]:
+        """What each sample must have, by extension."""
+        return (LATENT,) if self.text_dim is None else (LATENT, TEXT)
 
 
-def _read_tensors(files: dict[str, bytes], extension: str) -> dict[str, Tensor]:
+def _read_tensors(files: dict[str, bytes], extension: str, names: Sequence[str]) -> list[Tensor]:
     if extension not in files:
         raise DamagedSample(f"incomplete: lacks {extension}")
     try:
-        return load_tensors(files[extension])
+        tensors = load_tensors(files[extension])
     except SafetensorError as error:
-        raise DamagedSample(f"unreadable {extension}: {error}") from error
+        raise DamagedSample(f"undecodable: {extension}: {error}") from error
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise DamagedSample(f"incomplete: {extension} holds {sorted(tensors)}, not {', '.join(missing)}")
+    return [tensors[name] for name in names]
 
 
 def read_latents(
     files: dict[str, bytes], moments: Sequence[str], shape: tuple[int, int, int, int]
 ) -> dict[str, Tensor]:
-    """The moments `z t' h' w'` of a sample's latents, as they were stored. Raises DamagedSample."""
-    tensors = _read_tensors(files, LATENT)
-    for name in moments:
-        if name not in tensors:
-            raise DamagedSample(f"incomplete: {LATENT} lacks {name}")
-        if tuple(tensors[name].shape) != shape:
-            raise DamagedSample(f"wrong shape: {name} of {LATENT} is {tuple(tensors[name].shape)}, not {shape}")
-    return {name: tensors[name] for name in moments}
+    """The moments `z t' h' w'` of a sample's latents, as they were stored. Raises `DamagedSample`."""
+    tensors = dict(zip(moments, _read_tensors(files, LATENT, moments), strict=True))
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != shape:
+            raise DamagedSample(f"wrong shape: {name} of {LATENT} is {tuple(tensor.shape)}, of this VAE {shape}")
+    return tensors
 
 
 def read_text(files: dict[str, bytes], dim: int) -> Tensor:
-    """The text states `n d` of a sample's caption, as they were stored. Raises DamagedSample."""
-    states = _read_tensors(files, TEXT).get("states")
-    if states is None:
-        raise DamagedSample(f"incomplete: {TEXT} lacks states")
+    """The text states `n d` of a sample's caption, as they were stored. Raises `DamagedSample`."""
+    (states,) = _read_tensors(files, TEXT, ["states"])
     if states.ndim != 2 or states.shape[1] != dim:
-        raise DamagedSample(f"wrong shape: {TEXT} is {tuple(states.shape)}, not (n, {dim})")
+        raise DamagedSample(f"wrong shape: {TEXT} is {tuple(states.shape)}, of this encoder (n, {dim})")
     return states
 
 
@@ -371,26 +372,34 @@ def read_text(files: dict[str, bytes], dim: int) -> Tensor:
 
 class ClipDataset(Dataset):
     """Clips by position: `dataset[p]` is `{"video": RGB uint8 c t h w or YUV420, "caption": str, "fps": frames/s, "position": p,
-    "shape": (t, h, w), "damaged": what it stands in for}`; `stgen.data.color` makes RGB and pixels in [-1, 1] of either. With
-    `stored` it has `latents` and `text` too, and `video` only where that says so.
+    "shape": (t, h, w), "damaged": what it stands in for}`; `stgen.data.color` makes RGB and pixels in [-1, 1] of either.
+
+    With something stored it has `latents` and `text` too, and `video` only where that needs it.
 
     Args:
-        stored: what `stgen data encode` stored of all clips; None reads pixels alone.
         shuffle: True is the order of training. False is for looking at the clips one by one: the first `len(dataset)`
             positions are each clip once, as the index has them, with the shapes taking turns, and nothing stands in for
             what is damaged.
+        find_stored: told the source and its index, says what to read of what `stgen data encode` stored; None reads pixels.
 
     Raises:
-        ValueError: the folder is unusable, a clip fits no bucket, a bucket has no clips, or more clips than
-            `data.max_damaged` are known to be damaged (of a local folder: missing or truncated). Of `dataset[p]`: a clip is
-            damaged without `shuffle`, or all that could stand in for it are; the source fails.
+        ValueError: the folder is unusable, clips lack what is to be read, a clip fits no bucket, a bucket has no clips, or
+            more clips than `data.max_damaged` are known to be damaged (of a local folder: missing or truncated). Of
+            `dataset[p]`: a clip is damaged without `shuffle`, or all that could stand in for it are; the source fails.
     """
 
-    def __init__(self, config: DataConfig, seed: int = 0, shuffle: bool = True, stored: Stored | None = None) -> None:
-        self.config, self.shuffle, self.stored = config, shuffle, stored
+    def __init__(
+        self,
+        config: DataConfig,
+        seed: int = 0,
+        shuffle: bool = True,
+        find_stored: Callable[[Source, Index], Stored | None] | None = None,
+    ) -> None:
+        self.config, self.shuffle = config, shuffle
         self.source = open_source(config.path, config.cache, config.cache_gib)
         # The index is not cached: it is small, and may change.
         self.rows = open_index(open_source(config.index or config.path))
+        self.stored = None if find_stored is None else find_stored(self.source, self.rows)
         self._require_files()
         buckets = config.buckets or [Bucket(config.num_frames, config.height, config.width)]
         shapes = [bucket.shape for bucket in buckets]
@@ -401,28 +410,31 @@ class ClipDataset(Dataset):
             self.order = ClipOrder(sizes, seed, [bucket.keep for bucket in buckets], config.block or 1)
         else:
             self.order = ClipOrder(sizes, seed, shuffle=False)
-        self._damaged: dict[tuple[int, bool], str] = {}
-        """Why a clip, by its number and whether its pixels are asked for, cannot be used."""
+        missing = {}
         if isinstance(self.source, LocalFolder):
             missing = missing_parts(self.source, self.rows)
-            self._damaged = {(i, pixels): reason for i, reason in missing.items() for pixels in (False, True)}
-            rows = ((self.rows[i], reason) for i, reason in missing.items())
-            self.check_damage([Damage(row["shard"], row["key"], reason) for row, reason in rows])
         else:
             self.source.check_random_access(self.rows.shards[0])
+        # Apart for whether pixels are read, since latents may be whole beside a torn clip.
+        self._damaged = {False: missing, True: dict(missing)}
+        self.check_damage([self._damage(i, reason) for i, reason in missing.items()])
 
     def _require_files(self) -> None:
-        """Raises `ValueError` unless all samples have what is read of them."""
-        path, clips = self.config.path, {*CLIP_FILES}
+        """Raises `ValueError` if there are clips without what is to be read of each."""
+        layouts = [set(files) for files in self.rows.layouts]
         if self.stored is None:
-            bare = self.rows.without(clips)
-            pixels = "clips with pixels; `stgen data encode --drop-pixels` left these out"
-            require(not bare, f"data {path}", f"{len(bare)} clips of latents alone, such as {bare[:1]}", pixels)
-            return
-        for extension in self.stored.files:
-            bare = self.rows.without({extension})
-            whole = f"a {extension} in all; encode the clips again with `stgen data encode`"
-            require(not bare, f"data {path}", f"{len(bare)} clips without {extension}, such as {bare[:1]}", whole)
+            lacking = {"pixels": [LATENT in files and not files & set(CLIP_FILES) for files in layouts]}
+            hint = "`stgen data encode --drop-pixels` left them out"
+        else:
+            lacking = {name: [name not in files for files in layouts] for name in self.stored.files}
+            hint = "encode all clips with `stgen data encode`, or set use_encoded=false"
+        for name, layout_lacks in lacking.items():
+            bare = np.flatnonzero(np.array(layout_lacks)[self.rows.layout])
+            if len(bare):
+                key = self.rows[int(bare[0])]["key"]
+                raise ValueError(
+                    f"data {self.config.path}: {len(bare)} of {len(self.rows)} clips have no {name}, such as {key}; {hint}"
+                )
 
     def _require_all_fit(self, shapes: list[tuple[int, int, int]]) -> None:
         path, fits = self.config.path, np.zeros(len(self.rows), bool)
@@ -447,22 +459,22 @@ class ClipDataset(Dataset):
         return self.rows[int(self.buckets[bucket][i])]
 
     def read(self, row: dict[str, Any], position: int, pixels: bool = True) -> dict[str, Any]:
-        """The sample of an index row, as it stands at a position, with or without its pixels.
+        """The sample of an index row, as it stands at a position, with its pixels or without.
 
         Raises:
             DamagedSample: it cannot be used.
             SourceError: the source fails.
         """
         stored, shape = self.stored, clip_shape(row)
-        wanted = [*(CLIP_FILES if pixels else ()), *(stored.files if stored else ())]
+        wanted = (*(CLIP_FILES if pixels else ()), *(stored.files if stored is not None else ()))
         files = read_files(self.source, row, wanted)
         sample = {"caption": row["caption"], "fps": float(row["fps"]), "position": position, "shape": shape}
         if pixels:
             sample["video"] = read_clip(files, row)
         if stored is not None:
             sample["latents"] = read_latents(files, stored.moments, stored.latent_shapes[shape])
-            if stored.text_dim is not None:
-                sample["text"] = read_text(files, stored.text_dim)
+        if stored is not None and stored.text_dim is not None:
+            sample["text"] = read_text(files, stored.text_dim)
         return sample
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -471,20 +483,23 @@ class ClipDataset(Dataset):
             number = int(self.buckets[bucket][i])
             row = self.rows[number]
             pixels = self.stored is None or self.stored.needs_pixels(position, clip_shape(row))
-            # A clip whose latents alone are whole is good where nobody asks for its pixels.
-            known = number, pixels
-            if known not in self._damaged:
+            known = self._damaged[pixels]
+            if number not in known:
                 try:
                     return {**self.read(row, position, pixels), "damaged": damaged}
                 except DamagedSample as error:
                     # Kept so that it is not read again; whoever has not read it finds the same.
-                    self._damaged[known] = str(error)
-            damaged.append(Damage(row["shard"], row["key"], self._damaged[known]))
+                    known[number] = str(error)
+            damaged.append(self._damage(number, known[number]))
             if not self.shuffle:
                 raise ValueError(
                     f"data {self.config.path}: sample {' of '.join(damaged[0][1::-1])}: {damaged[0].reason}"
                 )
         raise ValueError(f"data {self.config.path}: all clips of a bucket are damaged: {count_reasons(damaged)}")
+
+    def _damage(self, number: int, reason: str) -> Damage:
+        row = self.rows[number]
+        return Damage(row["shard"], row["key"], reason)
 
     def check_damage(self, damaged: Collection[Damage]) -> None:
         """Raises `ValueError`, naming the clips, if these are more than `data.max_damaged` of all."""
@@ -552,8 +567,8 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Batch of samples of one shape: `video` RGB uint8 `b c t h w` or YUV420, `fps` `b` in frames/s, lists of captions and
     positions, and one list of all that is `damaged`.
 
-    With what was stored: `latents` of `b z t' h' w'`, a list `text` of `n d`; then `video` is of the k clips that `has_video`
-    `b` says.
+    With what was stored: `latents` of `b z t' h' w'`, a list `text` of `n d`; then `video` is of the k clips that
+    `has_video`, bool `b`, says.
     """
     videos = [s["video"] for s in samples if "video" in s]
     batch: dict[str, Any] = {

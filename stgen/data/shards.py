@@ -5,10 +5,11 @@ A data folder holds plain WebDataset shards, which any WebDataset reader opens, 
 num_frames, height, width, source}`; `stgen data encode` adds `ENCODED_FILES`, or puts them in the clip's place. An index row
 repeats the json and says where each file lies, `{key, shard, files: {ext: [offset, size]}, ...}`, so that counts and
 captions need no scan, and any sample is one `seek` away. Its numbers stand once more as columns in
-`index.columns.safetensors`, which is read in no time and can be left out; `skipped.jsonl` names what of the shards is damaged
-and therefore not in the index.
+`index.columns.safetensors`, which is read in no time and can be left out; `skipped.jsonl` names what of the shards is
+damaged and therefore not in the index.
 """
 
+import hashlib
 import io
 import json
 import mmap
@@ -337,6 +338,10 @@ class Index(Sequence[dict[str, Any]]):
             return None
         return Index(data, columns, [check_name(name) for name in about["shards"]], about["layouts"])
 
+    def digest(self) -> str:
+        """SHA-256 of the lines."""
+        return hashlib.sha256(self._data).hexdigest()
+
     def __len__(self) -> int:
         return len(self._starts) - 1
 
@@ -398,9 +403,9 @@ def open_index(source: Source) -> Index:
 
 def _load_index(folder: Path, name: str) -> Index:
     path = folder / INDEX
+    if not path.is_file() and (folder / ENCODING).is_file():
+        raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
     if not path.is_file():
-        if (folder / ENCODING).is_file():
-            raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
         raise ValueError(
             f"data: there is no {name}: write it with `stgen data index`, or name its folder with data.index"
         )
