@@ -599,6 +599,12 @@ def test_training_on_damaged_shards_is_the_same_with_workers_and_resumed(
             train_here(*helped)
     train_here(*helped)
     assert losses(world / "passed_over_cut") == expected
+    listed = [json.loads(line) for line in (world / "passed_over" / "damaged.jsonl").read_text().splitlines()]
+    assert sorted((row["key"], row["reason"].partition(":")[0]) for row in listed) == [
+        ("1-1", "undecodable"),
+        ("9-5", "truncated"),
+        ("9-6", "truncated"),
+    ]
 
     # Two torn clips of 14 are known before training; the third is one too many while it runs.
     for limit, message in (("0.1", "2 of 14 clips are damaged"), ("0.2", "3 of 14 clips are damaged")):

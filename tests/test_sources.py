@@ -330,6 +330,14 @@ def test_the_least_recently_used_files_leave_the_cache(numbers: Counting, tmp_pa
         cache.read("none.tar", 0, 1)
 
 
+def test_a_cache_that_holds_too_little_is_warned_of(folder: Path, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    data = config(f"pipe:cat {folder}/{{}}", cache=str(tmp_path), cache_gib=size / 2 / 2**30)
+    with pytest.warns(UserWarning, match="holds not all of the .* GiB of pipe:cat"):
+        dataset = ClipDataset(data, seed=5)
+    assert_same(take(dataset)[0], take(config(folder))[0])
+
+
 def _read_all(cache: Cached, seed: int, failed: "multiprocessing.Queue[str]") -> None:
     try:
         for i in np.random.default_rng(seed).integers(8, size=60):

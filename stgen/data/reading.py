@@ -21,10 +21,12 @@ import io
 import itertools
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ from stgen import video
 from stgen.config import require
 from stgen.data.color import YUV420, from_planes, stack_clips
 from stgen.data.shards import CLIP_FILES, IMAGE_FILES, VIDEO_FILES, Damage, count_reasons, missing_parts, open_index
-from stgen.data.sources import LocalFolder, Source, open_source
+from stgen.data.sources import GIB, Cached, LocalFolder, Source, open_source
 
 
 @dataclass
@@ -325,8 +327,20 @@ class ClipDataset(Dataset):
         if isinstance(self.source, LocalFolder):
             self._damaged = missing_parts(self.source, self.rows)
         else:
-            self.source.check_random_access(self.rows.shards[0])
+            self._check_source()
         self.check_damage([self._damage(i) for i in self._damaged])
+
+    def _check_source(self) -> None:
+        self.source.check_random_access(self.rows.shards[0])
+        if isinstance(self.source, Cached):
+            sizes = np.zeros(len(self.rows.shards), np.int64)
+            np.maximum.at(sizes, self.rows.shard, self.rows.ends)
+            if sizes.sum() > self.source.limit:
+                warnings.warn(
+                    f"data.cache_gib={self.config.cache_gib:g} holds not all of the {sizes.sum() / GIB:.3g} GiB of "
+                    f"{self.config.path}, and each clip is of another shard: shards will be fetched again and again",
+                    stacklevel=3,
+                )
 
     def _require_all_fit(self, shapes: list[tuple[int, int, int]]) -> None:
         path, fits = self.config.path, np.zeros(len(self.rows), bool)
@@ -416,8 +430,11 @@ class DamageLog:
         """What stands under `damaged` in a batch of this rank."""
         self._new += damaged
 
-    def share(self, gather: Callable[[list[Damage]], list[Damage]]) -> list[Damage]:
+    def share(self, gather: Callable[[list[Damage]], list[Damage]], path: Path | None = None) -> list[Damage]:
         """What no rank had met before, after all ranks have told each other by `gather`; each must call this.
+
+        Args:
+            path: a file that gets a row for each, of one rank alone.
 
         Raises:
             ValueError: more than `data.max_damaged` of all clips are damaged; on all ranks at once.
@@ -425,6 +442,9 @@ class DamageLog:
         new = {damage[:2]: damage for damage in sorted(gather(self._new)) if damage[:2] not in self.found}
         self.found |= new
         self._new = []
+        if path is not None and new:
+            with path.open("a") as file:
+                file.writelines(json.dumps(damage._asdict()) + "\n" for damage in new.values())
         self.dataset.check_damage(self.found.values())
         return list(new.values())
 
