@@ -471,6 +471,23 @@ def test_damaged_clips_are_passed_over_alike_by_everyone(copy: Path, damage: Cal
     assert_same(take(config(into_memory(copy, damage.__name__), max_damaged=0.5))[0], found)
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_bytes_that_changed_anywhere_are_no_other_error(copy: Path, seed: int) -> None:
+    """Headers, json, clips and padding alike; whoever reads, sees the same."""
+    random = np.random.default_rng(seed)
+    for path in copy.glob("*.tar"):
+        data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+        data[random.integers(len(data), size=5)] = random.integers(256, size=5)
+        path.write_bytes(data.tobytes())
+    data = config(copy, max_damaged=1.0)
+    found, damaged = take(data, last=CLIPS)
+    assert_same(take(data, last=CLIPS, batch=1, world=3)[0], found)
+    lost = {f"number {d.key.removeprefix('clip')}" for d in damaged}
+    assert not lost & {caption for _, caption, _ in found}
+    write_index(copy)  # what it leaves out, it names
+    assert len(indexed(copy)) == CLIPS or skipped(copy)
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 10**9))
 def test_all_others_of_the_bucket_stand_in_in_turn(sizes: list[int], position: int) -> None:
     order = ClipOrder(sizes, 3, block=2)

@@ -283,15 +283,15 @@ def read_clip(files: dict[str, bytes], row: dict[str, Any]) -> Tensor | YUV420:
     try:
         coded = video.read_yuv420(files[extension]) if extension in VIDEO_FILES else None
         frames = decode_clip(files) if coded is None else coded[0]
-    except (ValueError, TypeError, EOFError) as error:
-        raise DamagedSample(f"undecodable: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise what they like on garbage
+        raise DamagedSample(f"undecodable: {' '.join(str(error).split())}") from error
     t, h, w = frames.shape[:3]
     shape = (t, h, w) if coded is None else (t, 2 * h // 3, w)
     if shape != clip_shape(row):
         raise DamagedSample(f"wrong shape: holds {shape}, its index says {clip_shape(row)}")
-    return (
-        torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2))) if coded is None else from_planes(*coded)
-    )
+    return from_planes(*coded) if coded else torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2)))
 
 
 class ClipDataset(Dataset):
