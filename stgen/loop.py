@@ -202,7 +202,7 @@ def fit(
             averaged.snapshot(run, samples)
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
-            if met := damage.share(gather_object):
+            if met := damage.share(gather_object, run / "damaged.jsonl" if accelerator.is_main_process else None):
                 accelerator.print(f"data: passed over {count_reasons(met)}, {len(damage.found)} in all: {met[0]}")
             values = log.take() | {"nonfinite": finite.count()} | speed.take()
             place = {"samples": samples, "stage": number} if len(stages) > 1 else {"samples": samples}
