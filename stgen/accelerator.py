@@ -87,6 +87,8 @@ def make_accelerator(
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": max_grad_norm,
         }
+        # ZeRO-3 allocates one such buffer for good: at DeepSpeed's 5e8 numbers 2 GB a process, however small the model.
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", 2**25)
         precision = accelerator.mixed_precision
         if precision != "no":
             # Weights stay float32 and operations choose, as everywhere else; DeepSpeed's own bf16 rounds the weights.

@@ -246,10 +246,18 @@ def _load(accelerator: Accelerator, folder: Path, progress: Progress) -> None:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"{folder} cannot be brought to {accelerator.num_processes} processes: {last}")
     accelerator.wait_for_everyone()
-    settings = accelerator.deepspeed_engine_wrapped.engine._config
-    settings.load_universal_checkpoint = True
+    engine = accelerator.deepspeed_engine_wrapped.engine
+    optimizer = engine.optimizer.optimizer
+    own = [{k: v for k, v in group.items() if k not in ("params", "step")} for group in optimizer.param_groups]
+    engine._config.load_universal_checkpoint = True
     accelerator.load_state(str(universal))
-    settings.load_universal_checkpoint = False
+    engine._config.load_universal_checkpoint = False
+    # Under ZeRO-3 all groups come back with the settings of the first, and with one counter of steps, which each then raises.
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(universal)

@@ -50,7 +50,7 @@ def launch_environment(strategy: str, *options: str) -> dict[str, str]:
     return {name: value for name, value in variables.items() if os.environ.get(name) != value}
 
 
-def _work(script: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
+def _work(script: str | Callable[[list[str]], None], arguments: list[str], variables: dict[str, str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -59,8 +59,8 @@ def _work(script: str, arguments: list[str], variables: dict[str, str], log: str
     os.chdir(REPOSITORY)
     cpus = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cpus[int(variables.get("RANK", 0)) % len(cpus)]})  # one thread a process
-    entry = sys.modules[f"stgen.{script}"]
-    entry.main(arguments)
+    main = sys.modules[f"stgen.{script}"].main if isinstance(script, str) else script
+    main(arguments)
 
 
 def toy_training(folder: Path) -> Path:
@@ -86,13 +86,19 @@ class Run:
     """`processes` processes of `stgen/SCRIPT.py`.
 
     Args:
-        script: train or train_vae.
+        script: train or train_vae; or a function that is called in their place.
         log: file that their output is appended to.
         strategy: a name in configs/accelerate.
     """
 
     def __init__(
-        self, script: str, arguments: list[str], log: Path, strategy: str = "cpu", processes: int = 1, *options: str
+        self,
+        script: str | Callable[[list[str]], None],
+        arguments: list[str],
+        log: Path,
+        strategy: str = "cpu",
+        processes: int = 1,
+        *options: str,
     ) -> None:
         variables = launch_environment(strategy, *options)
         with socket.socket() as free:

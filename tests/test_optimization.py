@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import time
 from pathlib import Path
 
 import processes
@@ -300,9 +301,11 @@ def test_a_run_that_is_never_finite_stops_with_one_line(
         run_training(training_world, tmp_path / "run", "optimizer.max_nonfinite=2")
 
 
-def poisoned_work(script: str, arguments: list[str], *rest) -> None:
+def poisoned_work(script: str, arguments: list[str], variables: dict, rank: int, leader: int, log: str) -> None:
     poison({2, 4}, rank=1)
-    processes._work(script, arguments, *rest)
+    while leader and os.getpgid(leader) != leader:  # it may still be at the imports of this file
+        time.sleep(0.01)
+    processes._work(script, arguments, variables, rank, leader, log)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ the index says where in them a sample lies.
 import io
 import json
 import math
+import signal
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -422,7 +423,17 @@ def clip_loader(
         require(block % batch_size == 0, "batch_size", batch_size, f"a divisor of data.block={block}")
         require(start % batch_size == 0, "start", start, f"a multiple of batch_size={batch_size}")
     sampler = BatchPositions(start, batch_size, rank, world_size)
-    return iter(DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate))
+    return iter(
+        DataLoader(
+            dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate, worker_init_fn=_leave_signals
+        )
+    )
+
+
+def _leave_signals(worker: int) -> None:
+    """Who preempts a run signals all of its processes; loader workers serve on until the training process has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def to_pixels(clip: Tensor) -> Tensor:
