@@ -186,6 +186,7 @@ def test_lora_files_hold_adapters_alone(adapted: Path, training_world: Path) -> 
         assert torch.equal(kept.get(name, kept.get(".base_layer.".join(inner))), weight), name
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reproduces_both_forms(adapted: Path, training_world: Path, tmp_path: Path) -> None:
     export_checkpoint(adapted, tmp_path / "merged", merge=True)
     base = training_world / "base"

@@ -142,6 +142,7 @@ def save_sampled(export: Path, run: Path, out: Path, lora: Path | None = None) -
     save_file(sampled(pipeline, run), out)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_reproduces_the_trainers_latents(validated: tuple[Path, Rows], tmp_path: Path) -> None:
     run, _ = validated
     done = CliRunner().invoke(app, ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--step", "6"])
