@@ -1,15 +1,13 @@
 """Training that begins with given weights, of all of them, of parts and of adapters, and what is exported of it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import losses_of, run_training, tiny_transformer, training_arguments
-from processes import Run
+from processes import Run, in_a_fresh_process
 from safetensors.torch import load_file, save_file
-from test_validation import read, same_latents, sampled, validation
+from test_validation import read, same_latents, sampled, save_sampled, validation
 
 from stgen import STGenPipeline, STGenTransformer3DModel
 from stgen.config import load_config
@@ -188,28 +186,12 @@ def test_lora_files_hold_adapters_alone(adapted: Path, training_world: Path) -> 
         assert torch.equal(kept.get(name, kept.get(".base_layer.".join(inner))), weight), name
 
 
-FRESH = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-sys.path.insert(0, "tests")
-from test_validation import sampled
-from stgen import STGenPipeline
-torch.set_num_threads(1)
-base, lora, merged, run, out = sys.argv[1:]
-pipeline = STGenPipeline.from_pretrained(base)
-pipeline.load_lora_weights(lora)
-save_file(sampled(pipeline, Path(run)), out + "/lora.safetensors")
-save_file(sampled(STGenPipeline.from_pretrained(merged), Path(run)), out + "/merged.safetensors")
-"""
-
-
 @pytest.mark.slow
 def test_a_fresh_process_reproduces_both_forms(adapted: Path, training_world: Path, tmp_path: Path) -> None:
     export_checkpoint(adapted, tmp_path / "merged", merge=True)
-    folders = [training_world / "base", adapted / "export", tmp_path / "merged", adapted, tmp_path]
-    subprocess.run([sys.executable, "-c", FRESH, *map(str, folders)], check=True, capture_output=True)
+    base = training_world / "base"
+    in_a_fresh_process(save_sampled, base, adapted, tmp_path / "lora.safetensors", adapted / "export")
+    in_a_fresh_process(save_sampled, tmp_path / "merged", adapted, tmp_path / "merged.safetensors")
     expected = load_file(adapted / "samples" / "step-4.safetensors")
     for form in ("lora", "merged"):
         same_latents(load_file(tmp_path / f"{form}.safetensors"), expected)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_training import succeed
 
+import stgen.accelerator
 from stgen import AutoencoderKLSTGen
 from stgen.checkpoint import checkpoints
 from stgen.config import load_config
@@ -152,17 +152,16 @@ class Ranks:
 
     process_index: int
     num_processes: int
-    reduce: Callable[[torch.Tensor], torch.Tensor]
     device: str = "cpu"
     is_main_process: bool = False
 
 
-def test_statistics_over_clips_of_several_shapes() -> None:
+def test_statistics_over_clips_of_several_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     vae = tiny_vae(latents_mean=None, latents_std=None)
     shapes = [(9, 16, 16), (1, 12, 20), (6, 8, 8)]
     clips = [batch([i], *shape)["video"][0] for i, shape in enumerate(shapes)]
     dataset = [{"video": clip} for clip in clips]
-    accelerator = Ranks(0, 1, lambda sums: sums)
+    accelerator = Ranks(0, 1)
     mean, std = measure_latents(vae, dataset, 3, accelerator)
     with torch.no_grad():
         latents = [vae.encode(to_pixels(clip)[None]).latent_dist.mode()[0].flatten(1) for clip in clips]
@@ -170,13 +169,22 @@ def test_statistics_over_clips_of_several_shapes() -> None:
     np.testing.assert_allclose(mean, cells.mean(1), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(std, cells.std(1, unbiased=False), rtol=1e-5)
 
-    # Two ranks add up to one.
-    shares = []
+    # Two ranks do it as one does, to the bit.
+    class Gathering(Exception):
+        pass
+
+    def stop(found: list) -> None:
+        shares.extend(found)
+        raise Gathering
+
+    shares: list = []
+    monkeypatch.setattr(stgen.accelerator, "gather_object", stop)
     for rank in (0, 1):
-        half = Ranks(rank, 2, lambda s: shares.append(s) or s)
-        measure_latents(vae, dataset, 3, half)
-    whole = Ranks(0, 1, lambda sums: sum(shares))
-    np.testing.assert_allclose(measure_latents(vae, dataset, 1, whole), (mean, std), rtol=1e-9)
+        with pytest.raises(Gathering):
+            measure_latents(vae, dataset, 3, Ranks(rank, 2))
+    assert [i for i, _ in shares] == [0, 2, 1, 2], "as many calls each"
+    monkeypatch.setattr(stgen.accelerator, "gather_object", lambda found: shares)
+    assert measure_latents(vae, dataset, 3, Ranks(1, 2)) == (mean, std)
 
     vae.register_to_config(latents_mean=mean, latents_std=std)
     z = torch.cat([encode(vae, to_pixels(clip)[None])[0].detach().flatten(1) for clip in clips], dim=1)
@@ -188,7 +196,7 @@ def test_a_channel_that_never_changes_is_not_scaled() -> None:
     vae = tiny_vae()
     with torch.no_grad():
         vae.encoder.conv_out.weight[1] = 0
-    accelerator = Ranks(0, 1, lambda sums: sums)
+    accelerator = Ranks(0, 1)
     _, std = measure_latents(vae, [{"video": batch([0])["video"][0]}], 1, accelerator)
     assert std[1] == 1
     assert min(std) > 0
