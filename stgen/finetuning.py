@@ -45,7 +45,7 @@ def transformer_folder(folder: str | Path) -> Path:
 
 
 def saved_architecture(folder: str | Path) -> dict[str, Any]:
-    """The arguments that the saved transformer was made with, of those that differ from nothing said."""
+    """The arguments that the saved transformer was made with, as its config.json has them."""
     config = json.loads((transformer_folder(folder) / "config.json").read_text())
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
@@ -115,7 +115,7 @@ class LoRAConfig:
     rank: int = 16
     """Rows of A."""
     alpha: int = 16
-    """Scale of the adapters, times `rank`."""
+    """`rank` times the scale of what the adapters add."""
     targets: list[str] = field(default_factory=lambda: ["to_qkv", "to_q", "to_kv", "to_out.0"])
     """Linear layers that get adapters, by the end of their names; by default those of all attentions."""
 

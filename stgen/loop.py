@@ -93,10 +93,10 @@ def begin_run(config: LoopConfig) -> None:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run with settings of its own."""
+    """A part of a run that is configured by itself."""
 
     config: LoopConfig
-    """They; `samples` is where it ends, counted from the run's begin."""
+    """Its settings; `samples` is where it ends, counted from the beginning of the run."""
     dataset: ClipDataset
     """Its clips, from its own position 0 on."""
     begin: int = 0

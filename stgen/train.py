@@ -1,7 +1,8 @@
 """Trains the transformer: `accelerate launch stgen/train.py --config FILE [key.sub=value ...]`.
 
-The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkpoints/ and export/, a diffusers folder
-that `STGenPipeline.from_pretrained` opens: averaged (EMA) weights by default, the last ones as `variant="raw"`.
+The same command resumes. The run folder gets config.yaml, metrics.jsonl, checkpoints/, samples/ (of validation) and export/: a
+diffusers folder that `STGenPipeline.from_pretrained` opens, averaged (EMA) weights by default and the last ones as
+`variant="raw"`; or of a LoRA run the adapters, which `pipeline.load_lora_weights` takes.
 """
 
 import itertools
@@ -142,7 +143,7 @@ class TrainConfig(LoopConfig):
 
 
 def resolve_stages(config: TrainConfig) -> list[TrainConfig]:
-    """The configuration of each stage, whose `samples` is where it ends, counted from the run's begin.
+    """The configuration of each stage, whose `samples` is where it ends, counted from the beginning of the run.
 
     Each stage counts its positions from 0, and all but the first fold their number into the seed, so that order, masks,
     times and noise of one do not come again in another.

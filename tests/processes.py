@@ -147,3 +147,12 @@ class Run:
         output = self.log.read_text()
         assert not any(statuses), f"{statuses}\n{output[-6000:]}"
         return output
+
+
+def in_a_fresh_process(function: Callable[..., None], *arguments: object) -> None:
+    """Calls a function of a module in a process that shares no object with this one."""
+    process = _FORKSERVER.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0

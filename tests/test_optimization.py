@@ -5,16 +5,15 @@ import json
 import math
 import os
 import re
-import time
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import losses_of, run_training, tiny_transformer, training_arguments
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -301,11 +300,9 @@ def test_a_run_that_is_never_finite_stops_with_one_line(
         run_training(training_world, tmp_path / "run", "optimizer.max_nonfinite=2")
 
 
-def poisoned_work(script: str, arguments: list[str], variables: dict, rank: int, leader: int, log: str) -> None:
+def poisoned_training(arguments: list[str]) -> None:
     poison({2, 4}, rank=1)
-    while leader and os.getpgid(leader) != leader:  # it may still be at the imports of this file
-        time.sleep(0.01)
-    processes._work(script, arguments, variables, rank, leader, log)
+    stgen.train.main(arguments)
 
 
 @pytest.mark.slow
@@ -315,12 +312,10 @@ def test_a_loss_that_is_not_finite_on_one_process_is_no_step_on_any(
     training_world: Path,
     tmp_path: Path,
     strategy: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "_work", poisoned_work)
     run = tmp_path / "run"
     arguments = training_arguments(training_world, run, "batch_size=2")
-    processes.Run("train", arguments, tmp_path / "log", strategy, 2).succeed()
+    Run(poisoned_training, arguments, tmp_path / "log", strategy, 2).succeed()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [0, 1, 0, 1, 0, 0]
     one, two = losses_of(poisoned[1]), losses_of(rows)

@@ -1,5 +1,7 @@
 """What the trainer feeds the model: leak-free, and a function of (seed, position) alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_text_encoder, tiny_transformer, tiny_vae
@@ -116,3 +118,27 @@ def test_conditioning_channels_can_be_left_out_in_training(text: TextCache) -> N
         assert model.config.mask_channels == channels
         inputs = model_inputs(batch([0, 1, 2, 3]), chosen, vae, text, torch.device("cpu"))
         assert denoising_losses(model, inputs, chosen.flow)["loss"].isfinite()
+
+
+def test_text_is_dropped_for_guidance(text: TextCache) -> None:
+    """A share of the captions gives way to the empty prompt, or to the model's own null text, each by its position."""
+    vae, positions = tiny_vae(), list(range(64))
+    clips = batch(positions)
+    dropping = {share: replace(config(), text_dropout=share, masks=[MaskSpec()]) for share in (0.0, 0.3, 1.0)}
+    empty, captions = text[""], [text[caption] for caption in clips["caption"]]
+
+    def dropped(share: float) -> list[bool]:
+        inputs = model_inputs(clips, dropping[share], vae, text, torch.device("cpu"))
+        assert not inputs["drop_text"].any()
+        rows = [states[mask] for states, mask in zip(inputs["text"], inputs["text_mask"], strict=True)]
+        for row, caption in zip(rows, captions, strict=True):
+            assert torch.equal(row, empty) or torch.equal(row, caption)
+        return [torch.equal(row, empty) for row in rows]
+
+    assert (sum(dropped(0.0)), sum(dropped(1.0))) == (0, 64)
+    some = dropped(0.3)
+    assert 8 <= sum(some) <= 32
+    learned = replace(dropping[0.3], model={"null_text": "learned", "text_tokens": 64})
+    inputs = model_inputs(clips, learned, vae, text, torch.device("cpu"))
+    assert inputs["drop_text"].tolist() == some, "then the model puts its own in place of the caption"
+    assert not any(torch.equal(s[m], empty) for s, m in zip(inputs["text"], inputs["text_mask"], strict=True))

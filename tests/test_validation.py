@@ -2,16 +2,14 @@
 notice it, and that others get from the export what the trainer had."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import losses_of, run_training, train_here, training_arguments
 from PIL import Image
-from processes import Run
-from safetensors.torch import load_file
+from processes import Run, in_a_fresh_process
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from stgen import AutoencoderKLSTGen, STGenPipeline
@@ -135,26 +133,20 @@ def test_bad_settings_are_named(training_world: Path, tmp_path: Path, settings: 
 
 # --- Exports ------------------------------------------------------------------------------------------------------
 
-REPRODUCE = """
-import sys
-from pathlib import Path
-import torch
-from safetensors.torch import save_file
-sys.path.insert(0, "tests")
-from test_validation import sampled
-from stgen import STGenPipeline
-torch.set_num_threads(1)
-save_file(sampled(STGenPipeline.from_pretrained(sys.argv[1]), Path(sys.argv[2])), sys.argv[3])
-"""
+
+def save_sampled(export: Path, run: Path, out: Path, lora: Path | None = None) -> None:
+    torch.set_num_threads(1)
+    pipeline = STGenPipeline.from_pretrained(export)
+    if lora is not None:
+        pipeline.load_lora_weights(lora)
+    save_file(sampled(pipeline, run), out)
 
 
-@pytest.mark.slow
 def test_a_fresh_process_reproduces_the_trainers_latents(validated: tuple[Path, Rows], tmp_path: Path) -> None:
     run, _ = validated
     done = CliRunner().invoke(app, ["export", "--run", str(run), "--out", str(tmp_path / "out"), "--step", "6"])
     assert done.exit_code == 0, done.output
-    arguments = [str(tmp_path / "out"), str(run), str(tmp_path / "latents.safetensors")]
-    subprocess.run([sys.executable, "-c", REPRODUCE, *arguments], check=True, capture_output=True)
+    in_a_fresh_process(save_sampled, tmp_path / "out", run, tmp_path / "latents.safetensors")
     same_latents(load_file(tmp_path / "latents.safetensors"), load_file(run / "samples" / "step-6.safetensors"))
     files = {path.name for path in (tmp_path / "out" / "transformer").iterdir()}
     assert {"diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.raw.safetensors"} < files
