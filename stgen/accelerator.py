@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from stgen.averaging import is_zero3, local_part, whole
+from stgen.config import require
 from stgen.tracking import make_trackers
 
 Item = TypeVar("Item")
@@ -79,6 +80,9 @@ def make_accelerator(
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
 
     if in_force == DistributedType.DEEPSPEED:
+        # Its autocast to fp16 clips gradients that are still scaled, and doesn't save the scale.
+        half = accelerator.mixed_precision == "fp16"
+        require(not half, "mixed_precision", "fp16", "bf16 or no under DeepSpeed")
         # Under ZeRO-3 transformers would split a text encoder over all processes, which one alone loads: it would hang.
         accelerator.state.deepspeed_plugin.dschf = None
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
@@ -89,12 +93,11 @@ def make_accelerator(
         }
         # ZeRO-3 allocates one such buffer for good: at DeepSpeed's 5e8 numbers 2 GB a process, however small the model.
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", 2**25)
-        precision = accelerator.mixed_precision
-        if precision != "no":
+        if accelerator.mixed_precision == "bf16":
             # Weights stay float32 and operations choose, as everywhere else; DeepSpeed's own bf16 rounds the weights.
             accelerator.state.deepspeed_plugin.deepspeed_config |= {
-                precision: {"enabled": False},
-                "torch_autocast": {"enabled": True, "dtype": {"bf16": "bfloat16", "fp16": "float16"}[precision]},
+                "bf16": {"enabled": False},
+                "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
             }
     return accelerator
 

@@ -43,7 +43,7 @@ def launch_environment(strategy: str, *options: str) -> dict[str, str]:
     arguments = launch_arguments(strategy, *options)
     if arguments.use_deepspeed:
         variables = launch.prepare_deepspeed_cmd_env(arguments)[1]
-    elif arguments.multi_gpu:
+    elif arguments.multi_gpu or arguments.use_fsdp:
         variables = launch.prepare_multi_gpu_env(arguments)
     else:
         variables = launch.prepare_simple_launcher_cmd_env(arguments)[1]
