@@ -725,6 +725,8 @@ def plan_step(plan: Plan, config: LoopConfig, device: torch.device, probe_second
         )
     chosen = plan.memory[plan.strategy]
     plan.memory_available = available_memory(device)
+    if device.type == "cuda":
+        plan.notes.append("not counted: the CUDA context, NCCL's buffers and what the allocator cannot use")
     if chosen.total > plan.memory_available:
         plan.problems.append(
             f"memory: a process takes {in_bytes(chosen.total)} under {plan.strategy}, the device has "
@@ -754,21 +756,32 @@ def plan_step(plan: Plan, config: LoopConfig, device: torch.device, probe_second
         plan.export_bytes = 8 * count(trained) + opened.exported
 
     if probe_seconds and not plan.problems:
-        # Other shapes by FLOPs, of at most five of them.
-        some = usable[:-1][:: max(1, len(usable) // 4)]
-        flops = [fake_step(opened, config, Probe(1, 0), row.shape, plan)[1].flops for row in some]
-        cells = [math.prod(row.shape) for row in (*some, usable[-1])]
-        by_cells = partial(np.interp, xp=cells, fp=[*(n * config.batch_size for n in flops), footprint.flops])
-        rate, plan.step_source = probe_rate(
-            plan, opened, config, footprint, states, largest, accelerator, probe_seconds
-        )
-        for row in usable:
-            compute = float(by_cells(math.prod(row.shape))) / rate
-            reading = row.read_seconds * config.batch_size
-            workers = config.data.workers
-            row.step_seconds = config.accumulate * (max(compute, reading / workers) if workers else compute + reading)
-        plan.step_seconds = sum(row.share * row.step_seconds for row in usable if row.step_seconds)
-        plan.total_seconds = plan.steps * plan.step_seconds
+        plan_speed(plan, opened, config, footprint, states, usable, accelerator, probe_seconds)
+
+
+def plan_speed(
+    plan: Plan,
+    opened: Opened,
+    config: LoopConfig,
+    largest: StepFootprint,
+    states: States,
+    rows: list[ShapeRow],
+    accelerator: Accelerator,
+    limit: float,
+) -> None:
+    """Time of a step of each shape, the largest last, and of the run. Processes are taken not to wait for each other."""
+    # Of the other shapes, at most five are counted, and those between are between.
+    some = rows[:-1][:: max(1, len(rows) // 4)]
+    flops = [fake_step(opened, config, Probe(1, 0), row.shape, plan)[1].flops for row in some]
+    cells = [math.prod(row.shape) for row in (*some, rows[-1])]
+    by_cells = partial(np.interp, xp=cells, fp=[*(n * config.batch_size for n in flops), largest.flops])
+    rate, plan.step_source = probe_rate(plan, opened, config, largest, states, rows[-1].shape, accelerator, limit)
+    workers = config.data.workers
+    for row in rows:
+        compute, reading = float(by_cells(math.prod(row.shape))) / rate, row.read_seconds * config.batch_size
+        row.step_seconds = config.accumulate * (max(compute, reading / workers) if workers else compute + reading)
+    plan.step_seconds = sum(row.share * row.step_seconds for row in rows if row.step_seconds)
+    plan.total_seconds = plan.steps * plan.step_seconds
 
 
 def available_memory(device: torch.device) -> int:
