@@ -26,10 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend
@@ -38,7 +40,7 @@ from transformers.utils import cached_file
 
 from stgen.checkpoint import PROGRESS, check_global_batch, checkpoints
 from stgen.config import load_config, require
-from stgen.data.reading import Bucket, ClipDataset, clip_loader, clip_shape
+from stgen.data.reading import Bucket, ClipDataset, clip_shape
 from stgen.data.shards import read_index
 from stgen.footprint import STRATEGIES, RankMemory, States, StepFootprint, optimizer_bytes, rank_memory, step_footprint
 from stgen.loop import LoopConfig, check_run
@@ -78,9 +80,16 @@ PACKAGES = {
 
 
 def read_settings(path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """`{"data.path": ...}`: the leaves of the file with the overrides in their places; lists and free dicts are leaves."""
+    """What the file and the overrides say, not yet held against any schema.
+
+    Raises:
+        ValueError: no such file, or it is no YAML mapping.
+    """
     require(Path(path).is_file(), "config", path, "a YAML file")
-    merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
+        raise ValueError(f"config: {path}: {' '.join(str(error).split())}") from error
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
@@ -101,16 +110,13 @@ def read_config(trainer: str, path: str, overrides: Sequence[str]) -> tuple[Loop
         return load_config(schema, path, overrides), []
     except ValueError as error:
         first = str(error)
-    try:
-        settings = read_settings(path, overrides)
-    except Exception:  # not even YAML
-        return None, [first]
+    settings = read_settings(path, overrides)
     # Each key by itself, upon those that were fine; what needs another key comes to its turn again after it.
     needed = {f.name: "." for f in dataclasses.fields(schema) if f.default == "???"}
     accepted: dict[str, Any] = {**needed, "data": {"path": "."}}
-    missing = [f"config: {key} is missing" for key in needed if settings.get(key, "???") == "???"]
-    if OmegaConf.select(OmegaConf.create(settings), "data.path") is None:
-        missing.append("config: data.path is missing")
+    given = OmegaConf.create(settings)
+    keys = (*needed, "data.path")
+    missing = [f"config: {key} is missing" for key in keys if OmegaConf.select(given, key) is None]
     waiting = _single_settings(settings)
     while True:
         refused = {}
@@ -119,7 +125,7 @@ def read_config(trainer: str, path: str, overrides: Sequence[str]) -> tuple[Loop
                 trial = OmegaConf.merge(accepted, OmegaConf.create(value))
                 OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), trial))
                 accepted = OmegaConf.to_container(trial)  # type: ignore[assignment]
-            except Exception as error:
+            except (ValueError, TypeError, OmegaConfBaseException) as error:
                 refused[key] = f"config: {str(error).splitlines()[0]} (key {key})"
         if not refused or len(refused) == len(waiting):
             return None, missing + list(refused.values()) or [first]
@@ -130,7 +136,7 @@ def _single_settings(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings of one key each; those of a section have its other keys left out."""
     single = {}
     for key, value in settings.items():
-        if isinstance(value, dict) and key not in ("model",):
+        if isinstance(value, dict):
             for name, inner in value.items():
                 single[f"{key}.{name}"] = {key: {name: inner}}
         else:
@@ -546,18 +552,19 @@ def plan_data(plan: Plan, config: LoopConfig) -> None:
             side = min(min(row.height, row.width) for row in plan.shapes)
             allowed = f"{least} pixels or more with discriminator.layers={config.discriminator.layers}"
             refused(plan.problems, lambda: require(side >= least, "smallest side of a clip", side, allowed))
-    if problems:
-        return
-    dataset = refused(plan.problems, lambda: ClipDataset(config.data, config.seed))
-    if dataset is None:
-        return
-    loader = (config.data.block or 1) if len(plan.shapes) > 1 else None
-    if loader and loader % (config.batch_size * plan.processes):
-        plan.notes.append(
-            f"data.block={loader} is no multiple of batch_size times processes, {config.batch_size * plan.processes}: "
-            "processes wait for the one with the largest shape"
+    if config.data.buckets and len(config.data.buckets) > 1:
+        block, together = config.data.block or 1, config.batch_size * plan.processes
+        allowed = f"a divisor of data.block={block}"
+        refused(
+            plan.problems, lambda: require(block % config.batch_size == 0, "batch_size", config.batch_size, allowed)
         )
-    refused(plan.problems, lambda: clip_loader(dataset, 0, config.batch_size, 0))
+        if block % together:
+            plan.notes.append(
+                f"data.block={block} is no multiple of {together}, batch_size times processes: in some steps processes "
+                "have clips of different shapes, and wait for the largest"
+            )
+    if problems or refused(plan.problems, lambda: ClipDataset(config.data, config.seed)) is None:
+        return
     # One clip of each shape is read, as training will.
     one_by_one = ClipDataset(config.data, shuffle=False)
     unread = {row.shape: row for row in plan.shapes}
@@ -718,6 +725,8 @@ def plan_step(plan: Plan, config: LoopConfig, device: torch.device, probe_second
         )
     chosen = plan.memory[plan.strategy]
     plan.memory_available = available_memory(device)
+    if device.type == "cuda":
+        plan.notes.append("not counted: the CUDA context, NCCL's buffers and what the allocator cannot use")
     if chosen.total > plan.memory_available:
         plan.problems.append(
             f"memory: a process takes {in_bytes(chosen.total)} under {plan.strategy}, the device has "
@@ -747,21 +756,32 @@ def plan_step(plan: Plan, config: LoopConfig, device: torch.device, probe_second
         plan.export_bytes = 8 * count(trained) + opened.exported
 
     if probe_seconds and not plan.problems:
-        # Other shapes by FLOPs, of at most five of them.
-        some = usable[:-1][:: max(1, len(usable) // 4)]
-        flops = [fake_step(opened, config, Probe(1, 0), row.shape, plan)[1].flops for row in some]
-        cells = [math.prod(row.shape) for row in (*some, usable[-1])]
-        by_cells = partial(np.interp, xp=cells, fp=[*(n * config.batch_size for n in flops), footprint.flops])
-        rate, plan.step_source = probe_rate(
-            plan, opened, config, footprint, states, largest, accelerator, probe_seconds
-        )
-        for row in usable:
-            compute = float(by_cells(math.prod(row.shape))) / rate
-            reading = row.read_seconds * config.batch_size
-            workers = config.data.workers
-            row.step_seconds = config.accumulate * (max(compute, reading / workers) if workers else compute + reading)
-        plan.step_seconds = sum(row.share * row.step_seconds for row in usable if row.step_seconds)
-        plan.total_seconds = plan.steps * plan.step_seconds
+        plan_speed(plan, opened, config, footprint, states, usable, accelerator, probe_seconds)
+
+
+def plan_speed(
+    plan: Plan,
+    opened: Opened,
+    config: LoopConfig,
+    largest: StepFootprint,
+    states: States,
+    rows: list[ShapeRow],
+    accelerator: Accelerator,
+    limit: float,
+) -> None:
+    """Time of a step of each shape, the largest last, and of the run. Processes are taken not to wait for each other."""
+    # Of the other shapes, at most five are counted, and those between are between.
+    some = rows[:-1][:: max(1, len(rows) // 4)]
+    flops = [fake_step(opened, config, Probe(1, 0), row.shape, plan)[1].flops for row in some]
+    cells = [math.prod(row.shape) for row in (*some, rows[-1])]
+    by_cells = partial(np.interp, xp=cells, fp=[*(n * config.batch_size for n in flops), largest.flops])
+    rate, plan.step_source = probe_rate(plan, opened, config, largest, states, rows[-1].shape, accelerator, limit)
+    workers = config.data.workers
+    for row in rows:
+        compute, reading = float(by_cells(math.prod(row.shape))) / rate, row.read_seconds * config.batch_size
+        row.step_seconds = config.accumulate * (max(compute, reading / workers) if workers else compute + reading)
+    plan.step_seconds = sum(row.share * row.step_seconds for row in rows if row.step_seconds)
+    plan.total_seconds = plan.steps * plan.step_seconds
 
 
 def available_memory(device: torch.device) -> int:

@@ -102,12 +102,35 @@ def test_plan_of_a_vae_with_every_loss(world: Path) -> None:
 
 def test_all_that_is_wrong_is_listed(world: Path) -> None:
     wrong = ["optimizer.lr=-1", "data.workers=-1", "flow.nonsense=3", "masks=[{kind: nothing_known}]", "samples=0"]
+    wrong += ["model.depth=3", "model.breadth=3"]
     more = ["--strategy", "fsdp", "--precision", "fp16"]
     done = CliRunner().invoke(app, ["plan", "--config", TRAIN, *overrides(world), *wrong, *more])
     assert done.exit_code == 2
-    for name in ("optimizer.lr", "data.workers", "nonsense", "nothing_known", "samples", "fsdp", "fp16"):
+    for name in (
+        "optimizer.lr",
+        "data.workers",
+        "nonsense",
+        "nothing_known",
+        "samples",
+        "depth",
+        "breadth",
+        "fsdp",
+        "fp16",
+    ):
         assert any(name in line and "error" in line for line in done.output.splitlines()), (name, done.output)
-    assert "7 reasons" in done.output
+    assert "9 reasons" in done.output
+
+
+def test_no_configuration_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ValueError, match="nowhere.yaml', allowed: a YAML file"):
+        make_plan("nowhere.yaml")
+    with pytest.raises(ValueError, match=r"broken.yaml: while parsing"):
+        make_plan(str(tmp_path / "broken.yaml"))
+    config, problems = read_config("train", str(tmp_path / "empty.yaml"), [])
+    assert config is None
+    assert problems == [f"config: {key} is missing" for key in ("run", "vae", "data.path")]
 
 
 def test_keys_that_need_each_other_are_not_blamed() -> None:
