@@ -133,7 +133,7 @@ def fit(
             # A loss may set in during a run; the newest row has them all.
             means = {name: torch.stack([row[name] for row in logged if name in row]).mean() for name in logged[-1]}
             values = {name: value.item() for name, value in accelerator.reduce(means, "mean").items()}
-            if met := damage.share(gather_object):
+            if met := damage.share(gather_object, run / "damaged.jsonl" if accelerator.is_main_process else None):
                 accelerator.print(f"data: passed over {count_reasons(met)}, {len(damage.found)} in all: {met[0]}")
             accelerator.log(
                 {**values, **damage.metrics(), "samples": samples, "lr": optimizer.param_groups[0]["lr"]}, step

@@ -321,7 +321,9 @@ def report_reconstruction(
     examples: dict[str, list[dict[str, Tensor]]] = {}
     for position in tqdm(range(clips), desc="reconstruct", unit="clip"):
         row = dataset.row(position)
-        frames = to_rgb(dataset[position]["video"])
+        sample = dataset[position]
+        require(not sample["damaged"], f"clip {row['key']} of {data}", sample["damaged"], "one that can be decoded")
+        frames = to_rgb(sample["video"])
         truth = to_pixels(frames)[None]
         coded, size = best_h264(rearrange(frames.numpy(), "c t h w -> t h w c"), row["fps"], budget)
         sizes.append(size)

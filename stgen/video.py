@@ -153,10 +153,10 @@ def read_yuv420(source: str | Path | bytes) -> tuple[Frames, str, bool] | None:
                 plain = int(frame.color_trc) not in (16, 18) and frame.side_data.get("DISPLAYMATRIX") is None  # PQ, HLG
                 if not plain or matrix not in _MATRIX or h % 2 or w % 2:
                     return None
-                clip = np.empty((stream.frames or 32, h * 3 // 2, w), np.uint8)
+                clip = np.empty((min(stream.frames or 32, 256), h * 3 // 2, w), np.uint8)  # headers may lie
             if pixels not in ("yuv420p", "yuvj420p") or clip.shape[1:] != (h * 3 // 2, w):
                 return None
-            if index == len(clip):  # the header said nothing, or too little
+            if index == len(clip):
                 clip = np.concatenate([clip, np.empty_like(clip)])
             begin = 0
             for plane, (rows, columns) in zip(frame.planes, ((h, w), (h // 2, w // 2), (h // 2, w // 2)), strict=True):

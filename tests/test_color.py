@@ -94,7 +94,7 @@ def test_every_level_is_converted_to_the_nearest() -> None:
             assert np.abs(rgb - exact).max() < 0.7  # half a level of rounding, and the coefficients' 11 bits
 
 
-def test_a_batch_is_its_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_its_clips() -> None:
     """Of several matrices and ranges, in pieces of any size, and with a clip of RGB among them."""
     names = ["ours, BT.709", "BT.601", "full range", "nothing said"]
     clips = [from_planes(*read_yuv420(ENCODINGS[name])) for name in names]  # type: ignore[misc]
@@ -154,3 +154,12 @@ def test_loaders_hand_on_planes(tmp_path: Path) -> None:
     assert isinstance(helped, YUV420)
     assert alone.planes.shape == (4, 4, 24, 32)
     assert torch.equal(to_rgb(alone), to_rgb(helped))
+
+
+def test_clips_longer_than_their_header_says() -> None:
+    """Matroska says no number of frames, and room for them is made as they come."""
+    frames = natural_frames(70, 16, 16)
+    planes = read_yuv420(encoded(frames, "yuv420p", Colorspace.ITU709, ColorRange.MPEG))
+    assert planes is not None
+    assert planes[0].shape == (70, 24, 16)
+    assert len({frame.tobytes() for frame in planes[0]}) > 60

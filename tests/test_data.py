@@ -412,6 +412,8 @@ def test_clips_that_cannot_be_decoded_are_named() -> None:
     np.savez(archive, frames=np.zeros((1, 4, 4, 3), np.uint8))
     np.save(pickled, np.array([{"a": 1}]), allow_pickle=True)
     deep = image_file(Image.fromarray(np.zeros((4, 4), np.uint16)), "PNG")
+    np.save(plain := io.BytesIO(), np.zeros((1, 4, 4, 3), np.uint8))
+    lying = plain.getvalue().replace(b"(1, 4, 4, 3)", b"(9999,9,9,3)")
     animated = image_file(image, "WEBP", save_all=True, append_images=[image.rotate(90)])
     for files, message in (
         ({"png": png[: len(png) // 2]}, "cannot be read as an image"),
@@ -419,7 +421,8 @@ def test_clips_that_cannot_be_decoded_are_named() -> None:
         ({"webp": animated}, "image is 'WEBP of 2 frames', allowed: a single one"),
         ({"png": deep}, "image mode is 'I;16', allowed: 8 bits a colour"),
         ({"npy": archive.getvalue()}, "magic string"),
-        ({"npy": pickled.getvalue()}, "allow_pickle=False"),
+        ({"npy": pickled.getvalue()}, r"npy holds object \(1,\), allowed: uint8 t h w c"),
+        ({"npy": lying}, "cannot reshape"),
         ({"mp4": b"no video"}, "cannot be read as a video"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -599,6 +602,12 @@ def test_training_on_damaged_shards_is_the_same_with_workers_and_resumed(
             train_here(*helped)
     train_here(*helped)
     assert losses(world / "passed_over_cut") == expected
+    listed = [json.loads(line) for line in (world / "passed_over" / "damaged.jsonl").read_text().splitlines()]
+    assert sorted((row["key"], row["reason"].partition(":")[0]) for row in listed) == [
+        ("1-1", "undecodable"),
+        ("9-5", "truncated"),
+        ("9-6", "truncated"),
+    ]
 
     # Two torn clips of 14 are known before training; the third is one too many while it runs.
     for limit, message in (("0.1", "2 of 14 clips are damaged"), ("0.2", "3 of 14 clips are damaged")):

@@ -330,6 +330,14 @@ def test_the_least_recently_used_files_leave_the_cache(numbers: Counting, tmp_pa
         cache.read("none.tar", 0, 1)
 
 
+def test_a_cache_that_holds_too_little_is_warned_of(folder: Path, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    data = config(f"pipe:cat {folder}/{{}}", cache=str(tmp_path), cache_gib=size / 2 / 2**30)
+    with pytest.warns(UserWarning, match="holds not all of the .* GiB of pipe:cat"):
+        dataset = ClipDataset(data, seed=5)
+    assert_same(take(dataset)[0], take(config(folder))[0])
+
+
 def _read_all(cache: Cached, seed: int, failed: "multiprocessing.Queue[str]") -> None:
     try:
         for i in np.random.default_rng(seed).integers(8, size=60):
@@ -461,6 +469,23 @@ def test_damaged_clips_are_passed_over_alike_by_everyone(copy: Path, damage: Cal
     with serving(copy) as server:
         assert_same(take(config(server.url, max_damaged=0.5))[0], found)
     assert_same(take(config(into_memory(copy, damage.__name__), max_damaged=0.5))[0], found)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_bytes_that_changed_anywhere_are_no_other_error(copy: Path, seed: int) -> None:
+    """Headers, json, clips and padding alike; whoever reads, sees the same."""
+    random = np.random.default_rng(seed)
+    for path in copy.glob("*.tar"):
+        data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+        data[random.integers(len(data), size=5)] = random.integers(256, size=5)
+        path.write_bytes(data.tobytes())
+    data = config(copy, max_damaged=1.0)
+    found, damaged = take(data, last=CLIPS)
+    assert_same(take(data, last=CLIPS, batch=1, world=3)[0], found)
+    lost = {f"number {d.key.removeprefix('clip')}" for d in damaged}
+    assert not lost & {caption for _, caption, _ in found}
+    write_index(copy)  # what it leaves out, it names
+    assert len(indexed(copy)) == CLIPS or skipped(copy)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 10**9))

@@ -21,10 +21,12 @@ import io
 import itertools
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,7 @@ from stgen.data.shards import (
     missing_parts,
     open_index,
 )
-from stgen.data.sources import LocalFolder, Source, open_source
+from stgen.data.sources import GIB, Cached, LocalFolder, Source, open_source
 
 
 @dataclass
@@ -248,10 +250,19 @@ def decode_clip(files: dict[str, bytes]) -> NDArray[np.uint8]:
         return decode_image(files[extension])
     if extension != "npy":
         return video.read_video(files[extension])[0]
-    frames = np.lib.format.read_array(io.BytesIO(files["npy"]), allow_pickle=False)
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] not in (1, 3):
-        raise ValueError(f"npy holds {frames.dtype} {frames.shape}, allowed: uint8 t h w c with c of 1 or 3")
+    frames = decode_npy(files["npy"])
     return np.broadcast_to(frames, (*frames.shape[:3], 3)) if frames.shape[-1] == 1 else frames
+
+
+def decode_npy(data: bytes) -> NDArray[np.uint8]:
+    """The array of an npy file, where it lies in its bytes: a header that lies asks for no memory, and none is unpickled."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = header(file)
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+        raise ValueError(f"npy holds {dtype} {shape}, allowed: uint8 t h w c with c of 1 or 3")
+    return np.frombuffer(data, np.uint8, offset=file.tell()).reshape(shape, order="F" if fortran_order else "C")
 
 
 def clip_shape(row: dict[str, Any]) -> tuple[int, int, int]:
@@ -301,15 +312,15 @@ def read_clip(files: dict[str, bytes], row: dict[str, Any]) -> Tensor | YUV420:
     try:
         coded = video.read_yuv420(files[extension]) if extension in VIDEO_FILES else None
         frames = decode_clip(files) if coded is None else coded[0]
-    except (ValueError, TypeError, EOFError) as error:
-        raise DamagedSample(f"undecodable: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise what they like on garbage
+        raise DamagedSample(f"undecodable: {' '.join(str(error).split())}") from error
     t, h, w = frames.shape[:3]
     shape = (t, h, w) if coded is None else (t, 2 * h // 3, w)
     if shape != clip_shape(row):
         raise DamagedSample(f"wrong shape: holds {shape}, its index says {clip_shape(row)}")
-    return (
-        torch.from_numpy(np.ascontiguousarray(frames.transpose(3, 0, 1, 2))) if coded is None else from_planes(*coded)
-    )
+    return from_planes(*coded) if coded else torch.from_numpy(frames.transpose(3, 0, 1, 2).copy())
 
 
 # --- What `stgen data encode` stored ------------------------------------------------------------------------------
@@ -339,7 +350,7 @@ def _read_tensors(files: dict[str, bytes], extension: str, names: Sequence[str])
         raise DamagedSample(f"incomplete: lacks {extension}")
     try:
         tensors = load_tensors(files[extension])
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # a torn header may say anything
         raise DamagedSample(f"undecodable: {extension}: {error}") from error
     missing = [name for name in names if name not in tensors]
     if missing:
@@ -413,7 +424,7 @@ class ClipDataset(Dataset):
         if isinstance(self.source, LocalFolder):
             missing = missing_parts(self.source, self.rows)
         else:
-            self.source.check_random_access(self.rows.shards[0])
+            self._check_source()
         # Apart for whether pixels are read, since latents may be whole beside a torn clip.
         self._damaged = {False: missing, True: dict(missing)}
         self.check_damage([self._damage(i, reason) for i, reason in missing.items()])
@@ -433,6 +444,18 @@ class ClipDataset(Dataset):
                 key = self.rows[int(bare[0])]["key"]
                 raise ValueError(
                     f"data {self.config.path}: {len(bare)} of {len(self.rows)} clips have no {name}, such as {key}; {hint}"
+                )
+
+    def _check_source(self) -> None:
+        self.source.check_random_access(self.rows.shards[0])
+        if isinstance(self.source, Cached):
+            sizes = np.zeros(len(self.rows.shards), np.int64)
+            np.maximum.at(sizes, self.rows.shard, self.rows.ends)
+            if sizes.sum() > self.source.limit:
+                warnings.warn(
+                    f"data.cache_gib={self.config.cache_gib:g} holds not all of the {sizes.sum() / GIB:.3g} GiB of "
+                    f"{self.config.path}, and each clip is of another shard: shards will be fetched again and again",
+                    stacklevel=3,
                 )
 
     def _require_all_fit(self, shapes: list[tuple[int, int, int]]) -> None:
@@ -530,8 +553,11 @@ class DamageLog:
         """What stands under `damaged` in a batch of this rank."""
         self._new += damaged
 
-    def share(self, gather: Callable[[list[Damage]], list[Damage]]) -> list[Damage]:
+    def share(self, gather: Callable[[list[Damage]], list[Damage]], path: Path | None = None) -> list[Damage]:
         """What no rank had met before, after all ranks have told each other by `gather`; each must call this.
+
+        Args:
+            path: a file that gets a row for each, of one rank alone.
 
         Raises:
             ValueError: more than `data.max_damaged` of all clips are damaged; on all ranks at once.
@@ -539,6 +565,9 @@ class DamageLog:
         new = {damage[:2]: damage for damage in sorted(gather(self._new)) if damage[:2] not in self.found}
         self.found |= new
         self._new = []
+        if path is not None and new:
+            with path.open("a") as file:
+                file.writelines(json.dumps(damage._asdict()) + "\n" for damage in new.values())
         self.dataset.check_damage(self.found.values())
         return list(new.values())
 
