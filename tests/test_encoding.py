@@ -491,7 +491,7 @@ def test_without_pixels(world: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ({"--data": "nowhere"}, "data is 'nowhere'|data is .*nowhere"),
         ({"--vae": "nowhere"}, "vae is 'nowhere', allowed: a folder with a VAE's config.json"),
-        ({"--text-encoder": "nowhere"}, "text_encoder is 'nowhere'"),
+        ({"--text-encoder": "full"}, "text_encoder is 'full', allowed: a text encoder in safetensors"),
         ({"--dtype": "int8"}, "dtype is 'int8', allowed: float16, bfloat16, float32"),
         ({"--batch-size": "0"}, "batch_size is 0, allowed: 1 or more"),
         ({"--actors": "0"}, "actors is 0, allowed: 1 or more"),
@@ -567,9 +567,11 @@ def test_whoever_dies_the_bytes_are_those_of_one_process(world: Path, tmp_path: 
         f"encode_clips(*{[*arguments, str(out), *texts]}, pool=Pool(actors=2))"
     )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    driver = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.DEVNULL)
+    log = (tmp_path / "log").open("w")
+    driver = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=log)
     try:
-        wait_for(lambda: list(out.rglob(".*.tmp")))
+        wait_for(lambda: list(out.rglob(".*.tmp")) or driver.poll() is not None)
+        assert driver.poll() is None, (tmp_path / "log").read_text()[-2000:]
         kill(ray_processes("ray::_Encoder"))  # in the middle of a shard
         wait_for(lambda: list(out.rglob("shard*.tar")))
         workers = ray_processes("ray::_Encoder")

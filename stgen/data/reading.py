@@ -351,7 +351,7 @@ def _read_tensors(files: dict[str, bytes], extension: str, names: Sequence[str])
         raise DamagedSample(f"incomplete: lacks {extension}")
     try:
         tensors = load_tensors(files[extension])
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # a torn header may say anything
         raise DamagedSample(f"undecodable: {extension}: {error}") from error
     missing = [name for name in names if name not in tensors]
     if missing:
