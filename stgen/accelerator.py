@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from stgen.averaging import is_zero3, local_part, whole
 from stgen.config import require
+from stgen.footprint import REDUCE_BUCKET
 from stgen.tracking import make_trackers
 
 Item = TypeVar("Item")
@@ -91,8 +92,8 @@ def make_accelerator(
             "gradient_accumulation_steps": accumulate,
             "gradient_clipping": max_grad_norm,
         }
-        # ZeRO-3 allocates one such buffer for good: at DeepSpeed's 5e8 numbers 2 GB a process, however small the model.
-        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", 2**25)
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero.setdefault("reduce_bucket_size", REDUCE_BUCKET)
         if accelerator.mixed_precision == "bf16":
             # Weights stay float32 and operations choose, as everywhere else; DeepSpeed's own bf16 rounds the weights.
             accelerator.state.deepspeed_plugin.deepspeed_config |= {

@@ -138,10 +138,12 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 # --- How processes share it ---------------------------------------------------------------------------------------
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp")
-REDUCE_BUCKET, MAX_LIVE, PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
-"""Elements, as DeepSpeed has them unless told otherwise: of the buffer that gradients are reduced through
-(`reduce_bucket_size`), of the weights that ZeRO-3 keeps gathered (`stage3_max_live_parameters`), and of those that it gathers
-in one run (`stage3_prefetch_bucket_size`)."""
+REDUCE_BUCKET = 2**25
+"""Elements of the buffer through which DeepSpeed reduces gradients (`reduce_bucket_size`): what training sets where the launch
+says nothing. Some stages allocate it for good, at DeepSpeed's own 5e8 elements 2 GB a process, however small the model."""
+MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
+"""Elements, as DeepSpeed has them: of the weights that ZeRO-3 keeps gathered (`stage3_max_live_parameters`), and of those that
+it gathers in one run (`stage3_prefetch_bucket_size`)."""
 
 
 @dataclass(frozen=True)
