@@ -229,8 +229,7 @@ class Throughput:
         clips = len(batch["position"])
         self._counts["samples"] += clips
         if self.tokens is not None:
-            frames, height, width = batch["video"].shape[2:]
-            self._counts["tokens"] += clips * self.tokens((frames, height, width))
+            self._counts["tokens"] += clips * self.tokens(batch["shape"])
 
     @staticmethod
     def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[int, ...], ...]:

@@ -80,7 +80,7 @@ def test_mfu_counts_what_the_model_needs_in_the_time_of_its_steps(
     speed = Throughput(accelerator, model, peak=1e6, tokens=lambda shape: math.prod(shape))
     for batch in (4, 4, 6):  # two shapes
         speed.start()
-        speed.see({"position": [0] * batch, "video": torch.empty(batch, 3, 2, 5, 1)})
+        speed.see({"position": [0] * batch, "shape": (2, 5, 1)})
         model(torch.randn(batch, 64)).sum().backward()
         with torch.no_grad():
             model(torch.randn(batch, 64))  # no step of it, so it does not count

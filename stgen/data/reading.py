@@ -594,7 +594,7 @@ class BatchPositions(Sampler[list[int]]):
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Batch of samples of one shape: `video` RGB uint8 `b c t h w` or YUV420, `fps` `b` in frames/s, lists of captions and
-    positions, and one list of all that is `damaged`.
+    positions, their one `shape` (t, h, w), and one list of all that is `damaged`.
 
     With what was stored: `latents` of `b z t' h' w'`, a list `text` of `n d`; then `video` is of the k clips that
     `has_video`, bool `b`, says.
@@ -605,6 +605,7 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "fps": torch.tensor([s["fps"] for s in samples]),
         "caption": [s["caption"] for s in samples],
         "position": [s["position"] for s in samples],
+        "shape": samples[0]["shape"],
         "damaged": [damage for s in samples for damage in s["damaged"]],
     }
     if "latents" in samples[0]:

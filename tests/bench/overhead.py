@@ -57,7 +57,7 @@ def main() -> None:
     averaged = AveragedWeights(plain, options.average)
     finite, log = FiniteSteps(optimizer, 20), LossLog(accelerator)
     speed = Throughput(accelerator, plain, peak=1e12, tokens=lambda shape: t * (h // 2) * (w // 2))
-    seen = {"position": list(range(options.batch)), "video": torch.empty(0, 3, 4 * t, 8 * h, 8 * w)}
+    seen = {"position": list(range(options.batch)), "shape": (4 * t, 8 * h, 8 * w)}
 
     def wait() -> float:
         if device.type == "cuda":
