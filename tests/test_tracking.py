@@ -141,7 +141,7 @@ def rows_of(run: Path) -> list[dict]:
 @pytest.mark.slow
 def test_rows_have_speed_and_only_that_is_measured(tracked: Path, training_world: Path, tmp_path: Path) -> None:
     rows = [row for row in rows_of(tracked) if "loss" in row]
-    assert all(set(row) == {"step", "loss", "nonfinite", "samples", "lr", *MEASURED} for row in rows)
+    assert all(set(row) == {"step", "loss", "nonfinite", "data/skipped", "samples", "lr", *MEASURED} for row in rows)
     for row in rows:
         # A clip is 3 x 4 x 4 latent cells, in patches of 1 x 2 x 2.
         assert row["tokens_per_second"] == pytest.approx(12 * row["samples_per_second"], rel=1e-3)

@@ -32,7 +32,7 @@ from transformer_speed import count_flops, seconds
 from stgen.accelerator import make_accelerator
 from stgen.config import load_config
 from stgen.data.reading import ClipDataset
-from stgen.loop import begin_run, fit
+from stgen.loop import Stage, begin_run, fit
 from stgen.masks import MaskSpec, generated_cells
 from stgen.models.latents import VideoVAE, compression_ratios, latent_shape, load_vae
 from stgen.objective import TRAIN_TIMESTEPS, denoising_losses
@@ -176,14 +176,14 @@ def run_one(world: World, name: str, seed: int) -> dict[str, float]:
     torch.set_num_threads(world.arguments.threads)
     begin_run(config)
     model = world.model(name, config)
-    ema = fit(
+    averaged = fit(
         accelerator,
         config,
-        ClipDataset(config.data, config.seed),
+        [Stage(config, ClipDataset(config.data, config.seed))],
         model,
         lambda net, batch, samples: denoising_losses(net, world.inputs(batch, config), config.flow),
     )
-    ema.copy_to(model.parameters())
+    averaged.copy_to()
     model.eval()
     result = {
         "validation_loss": validate(model, config, world.validation),
