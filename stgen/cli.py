@@ -10,6 +10,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 data = typer.Typer(no_args_is_help=True, help="Writes and indexes shards of clips.", rich_markup_mode=None)
 app.add_typer(data, name="data")
 
+
+def check_device(name: Optional[str]) -> Optional[str]:
+    """Refuses a device that is not there, before anything is loaded."""
+    import torch
+
+    from stgen.config import require
+
+    if name is not None and name != "cpu":
+        kind, _, number = name.partition(":")
+        there = kind == "cuda" and (not number or number.isdecimal())
+        there = there and int(number or 0) < torch.cuda.device_count()
+        require(there, "device", name, "cpu, or cuda with a GPU that torch finds on this machine")
+    return name
+
+
 # Heavy imports stay inside the verbs, so that `stgen --help` answers at once and a verb needs its own extras only.
 
 
@@ -133,7 +148,9 @@ def encode(
     drop_pixels: Annotated[bool, typer.Option(help="leave the clips out; few masks need none")] = False,
     batch_size: Annotated[int, typer.Option(help="clips of one shape encoded together")] = 8,
     max_damaged: Annotated[float, typer.Option(help="share of clips that may be damaged and are left out")] = 0.01,
-    device: Annotated[Optional[str], typer.Option(help="cpu or cuda, without actors; none is the CPU")] = None,
+    device: Annotated[
+        Optional[str], typer.Option(help="cpu or cuda, without actors; none is the CPU", callback=check_device)
+    ] = None,
     actors: Annotated[Optional[int], typer.Option(help="Ray workers; none encodes in this process")] = None,
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to join; none runs a local Ray")] = None,
     gpus_per_actor: Annotated[float, typer.Option()] = 0,
@@ -319,7 +336,7 @@ def evaluate(
     text_samples: Annotated[int, typer.Option(help="clips generated from each caption of Moving MNIST")] = 1,
     seed: Annotated[int, typer.Option()] = 0,
     batch: Annotated[int, typer.Option(help="clips, each with all its samples, in one forward")] = 16,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device)] = "cpu",
     beside: Annotated[
         Optional[list[str]],
         typer.Option(help="another pipeline in the same tables, NAME=PIPELINE or NAME:PROTOCOL,...=PIPELINE"),
@@ -352,7 +369,7 @@ def reconstruct(
     out: Annotated[str, typer.Option(help="folder for the report and its pictures")],
     clips: Annotated[int, typer.Option(help="clips to reconstruct; 0 takes all")] = 64,
     seed: Annotated[int, typer.Option(help="draws the clips")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device)] = "cpu",
     perceptual: Annotated[
         Optional[str], typer.Option(help="network of a perceptual distance to measure as well: efficientnet_lite0")
     ] = None,
@@ -370,7 +387,7 @@ def main() -> None:
     """A user's mistake ends with one line and exit status 2, not with a traceback."""
     try:
         app()
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that is none or may not be written to
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

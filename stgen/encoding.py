@@ -326,8 +326,8 @@ def encode_clips(
         if not (out / INDEX).exists():
             damaged = write_index(out, shards)
             assert not damaged, damaged  # they were written just now
-            if found:
-                (out / SKIPPED).write_text("".join(json.dumps(damage._asdict()) + "\n" for damage in found))
+        if found:
+            (out / SKIPPED).write_text("".join(json.dumps(damage._asdict()) + "\n" for damage in found))
     return found
 
 

@@ -407,13 +407,13 @@ def evaluate(
         beside: other pipelines in the same tables, as `parse_beside` takes them.
 
     Raises:
-        ValueError: the folder holds fewer clips, or an argument is out of range.
+        ValueError: the folder holds fewer clips, or clips of several shapes, or an argument is out of range.
     """
     rows = read_index(data)
     require(1 <= clips <= len(rows), "clips", clips, f"1 to {len(rows)}, the clips of {data}")
     for label, value in (("samples", samples), ("steps", steps), ("text_samples", text_samples), ("batch", batch)):
         require(value >= 1, label, value, "1 or more")
-    shape: Shape = (rows[0]["num_frames"], rows[0]["height"], rows[0]["width"])
+    shape: Shape = rows.only_shape(data)
     others = parse_beside(beside)
     dataset = ClipDataset(DataConfig(data, *shape), shuffle=False)
     items = [dataset[i] for i in range(clips)]
@@ -421,8 +421,9 @@ def evaluate(
     captions = [str(item["caption"]) for item in items]
     readable = shape[0] > 1 and shape[1:] in [(size, size) for size in SIZES]
     readable = readable and all(str(row["source"]).startswith(SOURCE) for row in rows[:clips])
-    net = DigitNet.pretrained() if readable else None
     digits = [len(parse_caption(caption)) for caption in captions]
+    # A file of anybody's may bear the name; its captions do not name digits that move.
+    net = DigitNet.pretrained() if readable and all(digits) else None
 
     pipeline = load_pipeline(pipeline_folder, device)
     loaded = {name: load_pipeline(path, device) for name, _, path in others}
@@ -507,7 +508,7 @@ def _say(tracks: Sequence[Track]) -> str:
 
 def _write_media(path: Path, frames: NDArray[np.uint8], fps: float) -> None:
     write_video(path.with_suffix(".mp4"), frames, fps)
-    write_gif(path.with_suffix(".gif"), frames, fps, scale=max(1, 128 // frames.shape[1]))
+    write_gif(path.with_suffix(".gif"), frames, min(50, fps), scale=max(1, 128 // frames.shape[1]))
 
 
 def plot_frames(protocols: Mapping[str, Protocol], path: Path) -> None:

@@ -307,7 +307,7 @@ def report_reconstruction(
     rows = read_index(data)
     require(0 <= clips <= len(rows), "clips", clips, f"0 (all) to {len(rows)}, the clips of {data}")
     clips = clips or len(rows)
-    shape = (rows[0]["num_frames"], rows[0]["height"], rows[0]["width"])
+    shape = rows.only_shape(data)
     dataset = ClipDataset(DataConfig(data, *shape), seed)
     vae = load_vae(vae_folder).to(device)
     folder = Path(out)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace
+from conftest import losses_of, run_training
 
 from stgen.data.color import YUV420, from_planes, stack_clips, to_pixels, to_rgb
 from stgen.data.reading import ClipDataset, DataConfig, clip_loader, read_clip
@@ -105,6 +106,8 @@ def test_a_batch_is_its_clips() -> None:
     assert torch.equal(to_rgb(batch), alone)
     frames = torch.cat([to_rgb(YUV420(c.planes[i : i + 1], c.matrix)) for c in clips for i in range(6)], 1)
     assert torch.equal(frames, alone.transpose(0, 1).flatten(1, 2))
+    assert batch.shape == alone.shape
+    assert clips[0].shape == alone[0].shape
     mixed = stack_clips([clips[0], alone[1], clips[2]])
     assert isinstance(mixed, torch.Tensor)
     assert torch.equal(mixed, alone[:3])
@@ -154,6 +157,16 @@ def test_loaders_hand_on_planes(tmp_path: Path) -> None:
     assert isinstance(helped, YUV420)
     assert alone.planes.shape == (4, 4, 24, 32)
     assert torch.equal(to_rgb(alone), to_rgb(helped))
+
+
+@pytest.mark.slow
+def test_planes_are_trained_on(training_world: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "clips") as writer:
+        for i in range(4):
+            clip = {"caption": "a 3", "fps": 8, "num_frames": 9, "height": 16, "width": 16, "source": ""}
+            writer.write(f"{i}", clip, mp4=encode_video(np.roll(natural_frames(9, 16, 16), i, 2), 8))
+    rows = run_training(training_world, tmp_path / "run", f"data.path={tmp_path / 'clips'}", "samples=4")
+    assert len(losses_of(rows)) == 1
 
 
 def test_clips_longer_than_their_header_says() -> None:

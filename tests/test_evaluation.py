@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
+from stgen.cli import main
 from stgen.data.moving_mnist import write_moving_mnist
+from stgen.data.shards import ShardWriter
 from stgen.evaluation import (
     BASELINES,
     CEILING,
@@ -25,6 +27,8 @@ from stgen.evaluation import (
 )
 from stgen.objective import FlowConfig, make_scheduler
 from stgen.pipelines import STGenPipeline
+from stgen.reconstruction import report_reconstruction
+from stgen.video import encode_video, frame_rate
 
 
 def line(values: list[float]) -> np.ndarray:
@@ -193,6 +197,59 @@ def test_clips_of_another_kind_are_not_read(tiny_pipeline_folder: Path, heldout:
     result = evaluate(str(tiny_pipeline_folder), str(tmp_path), str(tmp_path / "report"), **settings)
     assert result.reading == {}
     assert "digits" not in (tmp_path / "report" / "report.md").read_text().split("## text-to-video")[1].splitlines()[2]
+
+
+def test_clips_of_any_name_caption_and_rate_are_evaluated(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """A file of somebody's in a folder that is called moving-mnist, faster than a GIF can be."""
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    fields = {"num_frames": 5, "height": 32, "width": 32, "fps": 60.0, "source": "moving-mnist/cat.mp4"}
+    with ShardWriter(tmp_path / "data") as writer:
+        writer.write("0", {"caption": "a cat, and 3 dogs moving", **fields}, mp4=encode_video(frames, 60))
+    settings = {"clips": 1, "samples": 1, "steps": 1}
+    result = evaluate(str(tiny_pipeline_folder), str(tmp_path / "data"), str(tmp_path / "report"), **settings)
+    assert result.reading == {}
+    assert frame_rate(tmp_path / "report" / "prediction.mp4") == 60
+
+
+def test_clips_of_several_shapes_are_refused(training_world: Path, tmp_path: Path) -> None:
+    folder = str(training_world / "joint")
+    for call in (evaluate, report_reconstruction):
+        with pytest.raises(
+            ValueError, match=r"joint is 'clips of \(1, 16, 16\), \(9, 16, 16\)', allowed: .* one shape"
+        ):
+            call("no pipeline", folder, str(tmp_path / "report"), clips=4)
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda:99"], "device is 'cuda:99', allowed: cpu, or cuda with a GPU"),
+        (["--device", "gpu"], "device is 'gpu', allowed: cpu, or cuda"),
+        (["--clips", "0"], "clips is 0, allowed: 1 to 2"),
+        (["--out", "{file}"], "File exists: "),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    tiny_pipeline_folder: Path, heldout: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "file").touch()
+    given = [
+        "--pipeline",
+        str(tiny_pipeline_folder),
+        "--data",
+        str(heldout),
+        "--out",
+        str(tmp_path / "out"),
+        "--clips=1",
+    ]
+    arguments = [argument.format(file=tmp_path / "file") for argument in arguments]
+    monkeypatch.setattr("sys.argv", ["stgen", "evaluate", *given, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
 
 
 def test_a_given_pixel_that_changes_is_an_error(

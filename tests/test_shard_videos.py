@@ -25,8 +25,8 @@ from stgen.config import load_config
 from stgen.data import parts as parts_module
 from stgen.data.clips import ShardSettings, cover, parse_shape
 from stgen.data.reading import ClipDataset, DataConfig, decode_clip
-from stgen.data.shards import INDEX, read_index
-from stgen.data.videos import DROPPED, INPUTS, PARTS, SETTINGS, SHEET, SUMMARY, _unique, histogram, shard_videos
+from stgen.data.shards import INDEX, PARTS, read_index, write_index
+from stgen.data.videos import DROPPED, INPUTS, SETTINGS, SHEET, SUMMARY, _unique, histogram, shard_videos
 
 ALL = {"scene_threshold": None, "duplicates": None, "max_black": 1.0}
 """Settings that let everything pass."""
@@ -727,6 +727,26 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_killed_run_is_not_indexed_as_it_is(tmp_path, many, undisturbed, monkeypatch):
+    """An index would make it a whole folder, of which the same command says that all is there."""
+
+    class Killed(Exception):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stgen.data.videos.write_index", die)
+        with pytest.raises(Killed):
+            shard_videos(many, tmp_path / "out", MANY)
+    for call in (write_index, read_index):
+        with pytest.raises(ValueError, match="out is half written: the same `stgen data shard` again goes on with it"):
+            call(tmp_path / "out")
+    shard_videos(many, tmp_path / "out", MANY)
+    assert content(tmp_path / "out") == undisturbed
+
+
 def test_a_file_that_kills_its_worker_is_dropped_and_no_other(tmp_path, monkeypatch):
     for name in "abcd":
         put(tmp_path / "videos" / f"{name}.mp4", moving(4))

@@ -224,7 +224,7 @@ def test_hugging_face_folders_are_known() -> None:
     assert type(open_source("hf://datasets/someone/clips")._filesystem()[0]).__name__ == "HfFileSystem"
 
 
-def test_a_network_that_is_down_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_is_down_is_no_damage(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Failures pass, or they stop the run in one line; they never make other clips stand in."""
     expected, _ = take(config(folder))
     with serving(folder) as server:
@@ -248,7 +248,7 @@ def test_a_network_that_is_down_is_no_damage(folder: Path, monkeypatch: pytest.M
     with pytest.raises(SourceError, match=r"index.jsonl cannot be read after 4 attempts: .*(refused|timed out)"):
         take(config(server.url))  # nobody is there any more
     with pytest.raises(SourceError, match=r"exit status 1: cat: /nowhere/index.jsonl"):
-        ClipDataset(config("pipe:cat /nowhere/{}", cache="/tmp"))
+        ClipDataset(config("pipe:cat /nowhere/{}", cache=str(tmp_path)))
 
 
 def test_names_in_an_index_stay_in_its_folder(folder: Path, tmp_path: Path) -> None:
@@ -328,6 +328,18 @@ def test_the_least_recently_used_files_leave_the_cache(numbers: Counting, tmp_pa
         Cached(numbers, tmp_path / "small", 999).read("0.tar", 0, 1)
     with pytest.raises(FileNotFoundError):
         cache.read("none.tar", 0, 1)
+
+
+def test_a_cache_leaves_alone_what_others_keep_in_its_folder(numbers: Counting, tmp_path: Path) -> None:
+    mine = tmp_path / "cache" / "videos" / "mine.mp4"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"x" * 5000)
+    os.utime(mine, (0, 0))
+    cache = Cached(numbers, tmp_path / "cache", 3000)
+    for i in range(5):
+        cache.read(f"{i}.tar", 0, 1)
+    assert mine.stat().st_size == 5000
+    assert cached_files(cache) == ["2.tar", "3.tar", "4.tar"]
 
 
 def test_a_cache_that_holds_too_little_is_warned_of(folder: Path, tmp_path: Path) -> None:
@@ -583,6 +595,43 @@ def test_json_that_says_too_little_is_named(copy: Path) -> None:
     assert kinds[0].startswith("json unreadable")
     assert kinds[1].startswith("json unreadable")
     assert kinds[2] == "incomplete: lacks fps, num_frames, height, width, source"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("fps", None, "fps is None, allowed: frames/s, above 0"),
+        ("fps", float("nan"), "fps is nan, allowed: frames/s, above 0"),
+        ("num_frames", "4", "num_frames is '4', allowed: a whole number, 1 or more"),
+        ("height", 2**31, "height is 2147483648, allowed: a whole number, 1 or more"),
+        ("caption", None, "caption is None, allowed: a text"),
+        ("source", ["a"], r"source is ['a'], allowed: a text"),
+    ],
+)
+def test_json_that_says_what_cannot_be_is_left_out(copy: Path, field: str, value: object, reason: str) -> None:
+    def change(name: str, data: bytes) -> bytes:
+        return json.dumps(json.loads(data) | {field: value}).encode() if name == "clip0.json" else data
+
+    rewrite(copy / "shard-000000.tar", change)
+    write_index(copy)
+    assert skipped(copy) == {"shard-000000.tar/clip0": f"json unreadable: {reason}"}
+    assert indexed(copy) == [f"clip{i}" for i in range(1, 12)]
+
+
+def test_json_may_hold_names_of_the_index_and_nan(folder: Path, copy: Path) -> None:
+    """As foreign data sets have them: their own keys, and what pandas writes where nothing is."""
+
+    def change(name: str, data: bytes) -> bytes:
+        more = {"key": "theirs", "shard": "/etc/passwd", "files": 3, "score": float("nan")}
+        return json.dumps(json.loads(data) | more).encode() if name.endswith(".json") else data
+
+    for shard in copy.glob("*.tar"):
+        rewrite(shard, change)
+    assert write_index(copy) == []
+    assert indexed(copy) == indexed(folder)
+    found, damaged = take(config(copy))
+    assert damaged == []
+    assert_same(found, take(config(folder))[0])
 
 
 @pytest.mark.parametrize("extension", ["pkl", "pyd", "pickle", "pth", "pt", "cls.PKL"])

@@ -31,6 +31,12 @@ class YUV420(NamedTuple):
     matrix: Tensor
     """uint8, a number or `b`: twice the place in MATRICES, plus 1 where levels are full (0..255, not 16..235)."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the RGB which it becomes, `c t h w` or `b c t h w`."""
+        *b, t, r, w = self.planes.shape
+        return *b, 3, t, 2 * r // 3, w
+
     def to(self, device: torch.device | str | None) -> "YUV420":
         return YUV420(self.planes.to(device), self.matrix.to(device))
 

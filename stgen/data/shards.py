@@ -12,6 +12,7 @@ damaged and therefore not in the index.
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import re
@@ -45,6 +46,8 @@ LATENT, TEXT = ENCODED_FILES = ("latent.safetensors", "text.safetensors")
 ENCODING = "encode.json"
 """What `stgen data encode` stored in a folder, and with which models; without an index it is still at work, or was."""
 CLIP_FIELDS = ("caption", "fps", "num_frames", "height", "width", "source")
+PARTS = ".parts"
+"""What `stgen data shard` keeps in a folder while it is at work, or was killed."""
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 """Extensions that WebDataset unpickles, which runs whatever code the file holds."""
 
@@ -142,6 +145,23 @@ class _ShardReader(io.RawIOBase):
         return len(data)
 
 
+def clip_fields(values: Any) -> dict[str, Any]:
+    """What the json of a sample says, without the names that the index uses for itself.
+
+    Raises:
+        ValueError: it is no JSON object, or one of `CLIP_FIELDS` says what cannot be.
+    """
+    require(isinstance(values, dict), "json", str(values)[:80], "a JSON object")
+    for name in ("num_frames", "height", "width"):
+        value = values.get(name, 1)
+        require(type(value) is int and 1 <= value < 2**31, name, value, "a whole number, 1 or more")
+    fps = values.get("fps", 1)
+    require(type(fps) in (int, float) and 0 < fps < math.inf, "fps", fps, "frames/s, above 0")
+    for name in ("caption", "source"):
+        require(isinstance(values.get(name, ""), str), name, values.get(name), "a text")
+    return {name: value for name, value in values.items() if name not in ("key", "shard", "files")}
+
+
 def index_shard(source: Source, name: str) -> tuple[list[dict[str, Any]], list[Damage]]:
     """The index rows of the whole samples of one shard, from its tar headers and json files; and what is not whole.
 
@@ -174,7 +194,7 @@ def index_shard(source: Source, name: str) -> tuple[list[dict[str, Any]], list[D
                     content = tar.extractfile(member)
                     assert content is not None
                     try:
-                        row |= json.load(content)
+                        row |= clip_fields(json.load(content))
                     except (ValueError, TypeError) as error:
                         row["unreadable"] = f"json unreadable: {error}"
             # A header that makes no sense ends the archive for tarfile, without a word.
@@ -211,13 +231,16 @@ def write_index(
         out: a local folder, by default `folder` itself.
 
     Raises:
-        ValueError: no shard, not one whole sample, a pickle among the samples, or no `out` for a folder elsewhere.
+        ValueError: no shard, not one whole sample, a pickle among the samples, no `out` for a folder elsewhere, or a job
+            that writes the folder has not come to its end.
         SourceError: the source fails.
     """
     source = open_source(str(folder))
     if out is None:
         require(isinstance(source, LocalFolder), "out", out, f"a local folder for the index of {folder}")
         out = folder
+    if shards is None and isinstance(source, LocalFolder):
+        _require_finished(source.folder)
     names = source.shards() if shards is None else [shard.relative_to(folder).as_posix() for shard in shards]
     require(len(names) > 0, "shards", str(folder), "at least one shard in the folder")
     target, skipped, count = Path(out) / INDEX, [], 0
@@ -355,11 +378,16 @@ class Index(Sequence[dict[str, Any]]):
         i = range(len(self))[i]
         return json.loads(self._data[self._starts[i] : self._starts[i + 1]])
 
-    def without(self, extensions: Iterable[str]) -> list[str]:
-        """The keys of the samples that have none of these files."""
-        wanted = set(extensions)
-        lacking = [i for i, layout in enumerate(self.layouts) if not wanted.intersection(layout)]
-        return [self[int(i)]["key"] for i in np.flatnonzero(np.isin(self.layout, lacking))]
+    def only_shape(self, folder: str) -> tuple[int, int, int]:
+        """(num_frames, height, width) of all clips, of the folder that the message names.
+
+        Raises:
+            ValueError: there are several.
+        """
+        shapes = [(int(t), int(h), int(w)) for t, h, w in np.unique(self.shapes, axis=0)]
+        one = "clips of one shape; index the subfolder of one, as `stgen data shard` writes it, with `stgen data index`"
+        require(len(shapes) == 1, f"data {folder}", f"clips of {', '.join(map(str, shapes))}", one)
+        return shapes[0]
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that is not a fork gets a copy.
@@ -403,8 +431,8 @@ def open_index(source: Source) -> Index:
 
 def _load_index(folder: Path, name: str) -> Index:
     path = folder / INDEX
-    if not path.is_file() and (folder / ENCODING).is_file():
-        raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
+    if not path.is_file():
+        _require_finished(folder)
     if not path.is_file():
         raise ValueError(
             f"data: there is no {name}: write it with `stgen data index`, or name its folder with data.index"
@@ -413,6 +441,14 @@ def _load_index(folder: Path, name: str) -> Index:
     index = Index.load_columns(data, folder / COLUMNS) or Index.parse(data, name)
     require(len(index) > 0, "data", name, "an index with at least one clip")
     return index
+
+
+def _require_finished(folder: Path) -> None:
+    """Raises `ValueError` if a job that writes this folder has not come to its end."""
+    if (folder / PARTS).is_dir():
+        raise ValueError(f"data {folder} is half written: the same `stgen data shard` again goes on with it")
+    if (folder / ENCODING).is_file() and not (folder / INDEX).is_file():
+        raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
 
 
 def missing_parts(source: LocalFolder, index: Index) -> dict[int, str]:

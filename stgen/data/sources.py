@@ -311,7 +311,7 @@ class Cached(Source):
         super().__init__(source.url)
         self.source, self.root, self.limit = source, Path(folder), limit
         # What lies at another place must not be taken for it.
-        self.folder = self.root / hashlib.sha256(source.url.encode()).hexdigest()[:16]
+        self.folder = self.root / f"stgen-{hashlib.sha256(source.url.encode()).hexdigest()[:16]}"
 
     def _read_parts(self, name: str, parts: Sequence[tuple[int, int]]) -> list[bytes]:
         file: BinaryIO
@@ -368,9 +368,10 @@ class Cached(Source):
     def _make_room(self, size: int, keep: Path | None = None) -> None:
         with self._lock("room"):
             files = []
-            for path in self.root.rglob("*"):
+            # Whatever else somebody keeps in that folder is not ours to delete.
+            for path in self.root.glob(f"stgen-{'[0-9a-f]' * 16}/**/*"):
                 try:
-                    if path.is_file() and path.parent != self.root / ".locks":
+                    if path.is_file():
                         files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
                 except FileNotFoundError:  # renamed meanwhile
                     continue

@@ -39,11 +39,11 @@ from stgen.data.filters import Duplicates
 from stgen.data.listing import VideoFile, list_videos
 from stgen.data.parts import data_path, record_path, write_parts
 from stgen.data.reading import decode_clip
-from stgen.data.shards import INDEX, write_index
+from stgen.data.shards import INDEX, PARTS, write_index
 from stgen.video import Frames, Row, contact_sheet, replacing
 
 DROPPED, SHEET, SUMMARY = "dropped.jsonl", "clips.png", "summary.txt"
-SETTINGS, INPUTS, PARTS = "settings.json", "inputs.jsonl", ".parts"
+SETTINGS, INPUTS = "settings.json", "inputs.jsonl"
 
 
 def shard_videos(

@@ -31,6 +31,7 @@ from transformer_speed import count_flops, seconds
 
 from stgen.accelerator import make_accelerator
 from stgen.config import load_config
+from stgen.data.color import stack_clips
 from stgen.data.reading import ClipDataset
 from stgen.loop import Stage, begin_run, fit
 from stgen.masks import MaskSpec, generated_cells
@@ -132,7 +133,7 @@ class World:
             positions = list(range(first, min(first + BATCH, self.arguments.clips)))
             items = [self.held[i] for i in positions]
             batch = {
-                "video": torch.stack([item["video"] for item in items]),
+                "video": stack_clips([item["video"] for item in items]),
                 "caption": [""] * len(items),
                 "fps": torch.tensor([float(item["fps"]) for item in items]),
                 "position": positions,
