@@ -1,5 +1,8 @@
 """The training loop of both trainers: resume, step, average, log, save."""
 
+import hashlib
+import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -71,6 +74,9 @@ MAY_CHANGE = (
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
 
+NOT_MEASURED = tuple(f"validation.{name}" for name in ("every", "sheet_clips", "sampling_steps", "guidance_scale"))
+"""Of `validation`, what its score doesn't follow from."""
+
 ARCHITECTURE = "architecture"
 """Folder in the run folder with the config.json of the model in training, from which `stgen export` makes it again."""
 
@@ -84,6 +90,13 @@ def check_run(config: LoopConfig) -> None:
             if not under(key, MAY_CHANGE):
                 changed = f"{before.get(key)!r}, with which {run} was begun; another run folder takes another value"
                 require(before.get(key) == now.get(key), key, now.get(key), changed)
+
+
+def measure_of(config: LoopConfig) -> str:
+    """`Progress.measured` of the validations of a run: of other settings, another one."""
+    settings = {key: value for key, value in flatten_config(config).items() if under(key, ("validation",))}
+    kept = {key: value for key, value in settings.items() if not under(key, NOT_MEASURED)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def begin_run(config: LoopConfig) -> None:
@@ -166,7 +179,8 @@ def fit(
     speed = Throughput(accelerator, model, config.peak_flops, tokens)
 
     progress = resume(accelerator, run)
-    step, samples, best = progress.step, progress.samples, best_score(run)
+    measured = measure_of(config)
+    step, samples, best = progress.step, progress.samples, best_score(run, progress.step, measured)
     rank, ranks, entered = accelerator.process_index, accelerator.num_processes, None
     bar = progress_bar(config.samples, samples, accelerator.is_main_process, run.name)
     stop = StopRequests(accelerator)
@@ -211,9 +225,11 @@ def fit(
             show_row(bar, shown)
         speed.stop()
         score = after_step(averaged, step, samples)
+        if score is not None and not math.isfinite(score):
+            score = None  # it compares with none, and is a null in metrics.jsonl already
         better, stopping = score is not None and score < best, stop.any()
         if step % config.checkpoint_every == 0 or samples >= config.samples or better or stopping:
-            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints, score)
+            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints, score, measured)
             best = min(best, score) if score is not None else best
         if stopping and samples < config.samples:
             accelerator.print(f"\nasked to stop: {run} is saved after {samples} clips, the same command goes on")

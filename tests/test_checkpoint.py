@@ -28,6 +28,7 @@ from stgen.checkpoint import (
     resume,
     save_checkpoint,
 )
+from stgen.export import find_checkpoint
 from stgen.tracking import LossLog, rewind_metrics
 
 
@@ -40,10 +41,10 @@ class Trainer:
         optimizer = torch.optim.AdamW(self.model.parameters())
         self.model, _ = self.accelerator.prepare(self.model, optimizer)
 
-    def save(self, step: int, keep: int = 2, score: float | None = None) -> Path:
+    def save(self, step: int, keep: int = 2, score: float | None = None, measured: str = "") -> Path:
         with torch.no_grad():
             self.model.weight.fill_(step)
-        save_checkpoint(self.accelerator, self.run, step, 4 * step, keep, score)
+        save_checkpoint(self.accelerator, self.run, step, 4 * step, keep, score, measured)
         return self.run / "checkpoints" / f"step-{step}"
 
     def resume(self) -> Progress:
@@ -122,7 +123,7 @@ def test_what_a_kill_left_is_reported_and_removed(trainer: Trainer, capsys: pyte
 def test_progress_says_on_what_the_run_ran(trainer: Trainer) -> None:
     folder = trainer.save(3, score=0.5)
     expected = {"step": 3, "samples": 12, "score": 0.5, "processes": 1, "strategy": "replicated", "precision": "no"}
-    assert asdict(read_progress(folder)) == expected
+    assert asdict(read_progress(folder)) == expected | {"measured": ""}
     manifest = json.loads((folder / MANIFEST).read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert manifest.keys() == files - {MANIFEST}
@@ -161,6 +162,30 @@ def test_torn_ones_count_for_nothing(trainer: Trainer) -> None:
     assert names(trainer.run) == ["step-2", "step-3", "step-4"], "the best whole one, the torn one, the last"
     trainer.save(3)
     assert fault(folder) is None, "the run that comes by it again writes it again"
+
+
+def test_spoilt_ones_that_were_passed_over_push_none_out(trainer: Trainer) -> None:
+    trainer.save(2, keep=9, score=2.0)
+    flip(trainer.save(4, keep=9, score=1.0), "model.safetensors")  # of the size that it should have
+    assert trainer.resume().step == 2
+    assert best_score(trainer.run, step=2) == 2.0, "the spoilt one's score is to be reached again"
+    trainer.save(3, keep=1)
+    assert names(trainer.run) == ["step-2", "step-3", "step-4"]
+    assert trainer.resume().step == 3
+    trainer.save(4, keep=1, score=1.0)
+    assert names(trainer.run) == ["step-4"]
+    assert trainer.resume().step == 4
+
+
+def test_scores_compare_with_those_that_were_measured_alike(trainer: Trainer) -> None:
+    trainer.save(1, keep=1, score=1.0, measured="easy")
+    trainer.save(2, keep=1, measured="hard")
+    assert names(trainer.run) == ["step-1", "step-2"], "the best as long as none is measured anew"
+    assert best_score(trainer.run, measured="hard") == float("inf")
+    trainer.save(3, keep=1, score=3.0, measured="hard")
+    trainer.save(4, keep=1, score=4.0, measured="hard")
+    assert names(trainer.run) == ["step-3", "step-4"]
+    assert find_checkpoint(trainer.run, "best").name == "step-3"
 
 
 # --- The metrics --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 notice it, and that others get from the export what the trainer had."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from stgen.config import load_config
 from stgen.export import export_checkpoint
 from stgen.train import TrainConfig
 from stgen.train_vae import TrainVAEConfig, train_vae
-from stgen.validation import ValidationConfig, draw_task, sample_latents
+from stgen.validation import ValidationConfig, Validator, draw_task, sample_latents
 
 TASKS = ("text", "prediction", "interpolation", "inpainting")
 Rows = list[dict]
@@ -62,6 +63,19 @@ def same_latents(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name, latents in expected.items():
         torch.testing.assert_close(found[name], latents, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("again", [{"clips": 2}, {"sheet_clips": 1}])
+def test_a_best_score_lasts_as_long_as_what_it_was_measured_by(
+    training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: dict
+) -> None:
+    scores = iter([0.1, math.nan, 0.3, 0.2])
+    monkeypatch.setattr(Validator, "__call__", lambda self, step, samples: next(scores))
+    for samples, settings in ((16, {}), (32, again)):
+        fixed = (f"samples={samples}", "keep_checkpoints=1", "optimizer.schedule=constant")
+        run_training(training_world, tmp_path / "run", validation(training_world, every=2, **settings), *fixed)
+    kept = {int(folder.name[5:]): read_progress(folder).score for folder in checkpoints(tmp_path / "run")}
+    assert kept == ({8: 0.2} if "clips" in again else {2: 0.1, 8: 0.2})
 
 
 # --- What it measures and draws -----------------------------------------------------------------------------------
