@@ -227,6 +227,8 @@ def resume(accelerator: Accelerator, run: Path) -> Progress:
         for leftover in (run / "checkpoints").glob("*.tmp"):
             accelerator.print(f"{leftover} is removed: its writing or removal was interrupted")
             shutil.rmtree(leftover)
+        for leftover in run.glob(".*.tmp"):  # of `durable.replacing`
+            leftover.unlink()
     accelerator.wait_for_everyone()
     newest = _newest_whole(accelerator, run)
     progress = read_progress(newest) if newest else Progress()

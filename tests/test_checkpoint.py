@@ -1,9 +1,13 @@
 """Checkpoints: whole or torn, which are kept, what resuming refuses, and the metrics that go with them."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import run_training
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import ACCELERATE, launch_arguments
@@ -28,6 +33,7 @@ from stgen.checkpoint import (
     resume,
     save_checkpoint,
 )
+from stgen.durable import only_job
 from stgen.export import find_checkpoint
 from stgen.tracking import LossLog, rewind_metrics
 
@@ -226,6 +232,43 @@ def test_losses_between_two_rows_are_saved_with_the_checkpoint() -> None:
     of_two = {"loss": torch.tensor([[1.0, 2.0], [3.0, 6.0]])}  # of two processes, taken up by one
     second.load_state_dict(of_two)
     assert second.take() == {"loss": 3.0}
+
+
+# --- One process a run --------------------------------------------------------------------------------------------
+
+
+def test_a_second_command_in_the_run_folder_is_refused(training_world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    hold = "import os, time; print(1, flush=True); [time.sleep(60) if os.fork() == 0 else time.sleep(60)]"
+    script = f"import pathlib; from stgen.durable import only_job\nwith only_job(pathlib.Path({str(run)!r})): {hold}"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True) as other:
+        try:
+            other.stdout.readline()
+            with pytest.raises(
+                ValueError, match=r"^run is '.*run', allowed: a folder that no other job is writing to$"
+            ):
+                run_training(training_world, run)
+            assert not (run / "config.yaml").exists()
+            other.kill()
+            other.wait()
+            # What a killed process leaves running, such as workers of its data, doesn't keep the same command from going on.
+            with only_job(run):
+                pass
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with (
+        pytest.warns(UserWarning, match="cannot be locked .*not implemented.*: see that no other job"),
+        only_job(tmp_path),
+    ):
+        pass
 
 
 # --- Signals and launches -----------------------------------------------------------------------------------------
