@@ -44,7 +44,7 @@ class ValidationConfig:
     """Reconstruction of clips that the run never trains on, by the averaged weights."""
 
     path: str = "???"
-    """Folder of held-out shards, with clips of the shape, or of every shape, that `data` asks for."""
+    """Folder of held-out shards and their index, with clips of the shape, or of every shape, that `data` asks for."""
     clips: int = 16
     """Its first so many clips."""
     every: int = 1000
@@ -225,7 +225,7 @@ class Validator:
 
     def __init__(self, config: TrainVAEConfig, settings: ValidationConfig, accelerator: Accelerator) -> None:
         self.clips, self.accelerator, self.folder = settings.clips, accelerator, Path(config.run) / "samples"
-        self.dataset = ClipDataset(replace(config.data, path=settings.path), shuffle=False)
+        self.dataset = ClipDataset(replace(config.data, path=settings.path, index=None), shuffle=False)
         held_out = len(self.dataset)
         require(self.clips <= held_out, "validation.clips", self.clips, f"at most {held_out}, those of {settings.path}")
         # SSIM is scikit-image's; to miss it after the first thousand steps would be late.

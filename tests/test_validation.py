@@ -3,6 +3,7 @@ notice it, and that others get from the export what the trainer had."""
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from stgen import AutoencoderKLSTGen, STGenPipeline
 from stgen.checkpoint import checkpoints, read_progress
 from stgen.cli import app
 from stgen.config import load_config
+from stgen.data.reading import ClipDataset, DataConfig
 from stgen.export import export_checkpoint
 from stgen.train import TrainConfig
 from stgen.train_vae import TrainVAEConfig, train_vae
@@ -127,6 +129,15 @@ def test_training_does_not_notice(validated: tuple[Path, Rows], training_world: 
     with_it = STGenPipeline.from_pretrained(validated[0] / "export").transformer.state_dict()
     for name, weight in STGenPipeline.from_pretrained(tmp_path / "plain" / "export").transformer.state_dict().items():
         assert torch.equal(weight, with_it[name]), name
+
+
+def test_held_out_clips_are_those_of_their_own_index(training_world: Path) -> None:
+    """Where the shards for training have theirs in another folder."""
+    data = DataConfig(f"{training_world}/train", 9, 16, 16, index=f"{training_world}/train")
+    found = ValidationConfig(path=f"{training_world}/heldout", clips=4).open(data)
+    alone = ClipDataset(replace(data, path=f"{training_world}/heldout", index=None), shuffle=False)
+    assert len(found) == len(alone) == 4
+    assert all(torch.equal(found[i]["video"], alone[i]["video"]) for i in range(4))
 
 
 @pytest.mark.parametrize(
