@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from stgen.averaging import is_zero3, local_part, whole
 from stgen.config import require
+from stgen.durable import only_job
 from stgen.footprint import REDUCE_BUCKET
 from stgen.tracking import make_trackers
 
@@ -101,6 +102,23 @@ def make_accelerator(
                 "torch_autocast": {"enabled": True, "dtype": "bfloat16"},
             }
     return accelerator
+
+
+@contextmanager
+def alone_in(run: str, accelerator: Accelerator) -> Iterator[None]:
+    """No other command trains in the run folder within: `only_job` of the main process, on behalf of all.
+
+    Raises:
+        ValueError: one does, or the run folder is a file.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    folder = Path(run)
+    require(not folder.exists() or folder.is_dir(), "run", run, "a folder, or nothing yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_job(folder, "run"):
+        yield
 
 
 PREEMPTED = 75

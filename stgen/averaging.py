@@ -267,7 +267,7 @@ class AveragedWeights:
         if is_first():
             for path in temporary.iterdir():
                 sync(path)
-            shutil.rmtree(final, ignore_errors=True)  # of a run that went back to its checkpoint and came here again
+            sync(temporary)
             temporary.rename(final)
             sync(final.parent)
 
@@ -317,6 +317,15 @@ def snapshots(run: str | Path) -> dict[int, Path]:
     """The folders of a run's snapshots by their samples, earliest first."""
     found = {path.name.removeprefix("samples-"): path for path in (Path(run) / SNAPSHOTS).glob("samples-*")}
     return {int(samples): found[samples] for samples in sorted((s for s in found if s.isdigit()), key=int)}
+
+
+def rewind_snapshots(run: str | Path, samples: int) -> None:
+    """Removes those after `samples`, which the run that goes on from there makes again, perhaps elsewhere."""
+    for later, folder in snapshots(run).items():
+        if later > samples:
+            shutil.rmtree(folder)
+    for torn in (Path(run) / SNAPSHOTS).glob("*.tmp"):
+        shutil.rmtree(torn)
 
 
 def reconstruct_average(run: str | Path, width: float, samples: int | None = None) -> dict[str, Tensor]:

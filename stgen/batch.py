@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from stgen.config import require
+from stgen.durable import only_job
 from stgen.generation import Request, component_names, generate, parse_requests, saved_pipeline
-from stgen.jobs import Pool, only_job
+from stgen.jobs import Pool
 from stgen.pipelines import STGenPipeline
 from stgen.tracking import progress_bar
 from stgen.video import write_video

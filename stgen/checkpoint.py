@@ -5,7 +5,7 @@ SHA-256 of every file. One whose writing was interrupted never bears the final n
 found out: the newest whole one is resumed, and each that is not is reported with its fault and left as it is.
 
     step-N/
-      progress.json     {step, samples, score, processes, strategy, precision}
+      progress.json     {step, samples, score, processes, strategy, precision, measured}
       manifest.json     {file: {size, sha256}}, written last
       ...               what Accelerate writes: weights, optimizer, random states, what was registered
 
@@ -52,6 +52,8 @@ class Progress:
     """What the form of the files follows from: replicated (one process or DDP), zero1, zero2, zero3, fsdp."""
     precision: str = ""
     """no, bf16 or fp16."""
+    measured: str = ""
+    """What the score follows from beside the weights: scores of another measure don't compare."""
 
 
 def strategy(accelerator: Accelerator) -> str:
@@ -109,26 +111,53 @@ def fault(folder: Path, share: slice | None = slice(None)) -> str | None:
     return None
 
 
-def best_score(run: Path) -> float:
-    """The lowest score of the run's checkpoints; infinity if none has one."""
-    progress = [read_progress(folder) for folder in checkpoints(run) if fault(folder, None) is None]
-    return min((p.score for p in progress if p.score is not None), default=float("inf"))
+def whole_until(run: Path, step: int | None = None) -> dict[Path, Progress]:
+    """The checkpoints up to a step whose files are all there, in their sizes, oldest first; None is up to the newest."""
+    progress = {folder: read_progress(folder) for folder in checkpoints(run) if fault(folder, None) is None}
+    return {folder: found for folder, found in progress.items() if step is None or found.step <= step}
+
+
+def best_of(found: dict[Path, Progress]) -> Path | None:
+    """The checkpoint of the lowest score, the earliest of several; None if none has one.
+
+    Scores that were measured otherwise than the newest don't compare with it, and are left out.
+    """
+    scored = {folder: progress for folder, progress in found.items() if progress.score is not None}
+    newest = list(scored.values())[-1].measured if scored else ""
+    scores = {folder: p.score for folder, p in scored.items() if p.score is not None and p.measured == newest}
+    return min(scores, key=lambda folder: scores[folder]) if scores else None
+
+
+def best_score(run: Path, step: int | None = None, measured: str = "") -> float:
+    """The lowest score of the run's checkpoints up to a step that was measured so; infinity if none was."""
+    found = {folder: p for folder, p in whole_until(run, step).items() if p.measured == measured}
+    best = best_of(found)
+    score = found[best].score if best else None
+    return float("inf") if score is None else score
 
 
 # --- Saving -------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
-    accelerator: Accelerator, run: Path, step: int, samples: int, keep: int, score: float | None = None
+    accelerator: Accelerator,
+    run: Path,
+    step: int,
+    samples: int,
+    keep: int,
+    score: float | None = None,
+    measured: str = "",
 ) -> None:
     """Saves weights, optimizer, registered objects (averaged weights, losses not logged yet) and progress.
 
-    Keeps the last `keep` checkpoints and the one of the lowest score. All processes call it.
+    Keeps the last `keep` checkpoints up to this one, and the one of the lowest score (`best_of`). Later ones, which this run
+    passed over when it resumed, count for nothing until it writes them anew. All processes call it.
 
     Args:
         step: optimizer steps done.
         samples: samples that all processes together have taken: the position in the data.
         score: of a validation at this step, lower is better.
+        measured: as `Progress.measured` has it.
     """
     final = run / "checkpoints" / f"step-{step}"
     temporary = _aside(final)
@@ -136,7 +165,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         on = (accelerator.num_processes, strategy(accelerator), accelerator.mixed_precision)
-        (temporary / PROGRESS).write_text(json.dumps(asdict(Progress(step, samples, score, *on))))
+        (temporary / PROGRESS).write_text(json.dumps(asdict(Progress(step, samples, score, *on, measured))))
     accelerator.wait_for_everyone()
     accelerator.save_state(str(temporary))
     accelerator.wait_for_everyone()
@@ -159,10 +188,8 @@ def save_checkpoint(
             _remove(final)
         temporary.rename(final)
         sync(final.parent)
-        whole = [folder for folder in checkpoints(run) if fault(folder, None) is None]
-        scores = {folder: read_progress(folder).score for folder in whole}
-        scored = [folder for folder in whole if scores[folder] is not None]
-        kept = {*whole[-keep:], *sorted(scored, key=lambda folder: (scores[folder], scored.index(folder)))[:1]}
+        whole = whole_until(run, step)
+        kept = {*list(whole)[-keep:], best_of(whole)}
         for folder in whole:
             if folder not in kept:
                 _remove(folder)
@@ -200,6 +227,8 @@ def resume(accelerator: Accelerator, run: Path) -> Progress:
         for leftover in (run / "checkpoints").glob("*.tmp"):
             accelerator.print(f"{leftover} is removed: its writing or removal was interrupted")
             shutil.rmtree(leftover)
+        for leftover in run.glob(".*.tmp"):  # of `durable.replacing`
+            leftover.unlink()
     accelerator.wait_for_everyone()
     newest = _newest_whole(accelerator, run)
     progress = read_progress(newest) if newest else Progress()

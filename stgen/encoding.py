@@ -52,7 +52,8 @@ from stgen.data.shards import (
     write_index,
 )
 from stgen.data.sources import Source, open_source
-from stgen.jobs import Pool, only_job
+from stgen.durable import only_job
+from stgen.jobs import Pool
 from stgen.masks import MaskSpec, Shape, draw_mixture, given_latents_are_exact
 from stgen.models.latents import (
     VideoVAE,

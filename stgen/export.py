@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stgen import train, train_vae
 from stgen.averaging import AveragedWeights
-from stgen.checkpoint import ENGINE, checkpoints, fault, read_progress
+from stgen.checkpoint import ENGINE, best_of, checkpoints, fault, whole_until
 from stgen.config import flatten_config, load_config, require
 from stgen.data.reading import ClipDataset
 from stgen.loop import ARCHITECTURE
@@ -26,7 +26,8 @@ from stgen.vae_objective import VAEObjective
 
 
 def find_checkpoint(run: Path, step: str | None) -> Path:
-    """A whole checkpoint of the run: the newest for None, that of the lowest validation score for `best`, or by its step.
+    """A whole checkpoint of the run: the newest for None, that of the lowest validation score (`best_of`) for `best`, or by its
+    step.
 
     Raises:
         ValueError: there is none such, or it is not whole.
@@ -34,10 +35,10 @@ def find_checkpoint(run: Path, step: str | None) -> Path:
     found = {folder.name.removeprefix("step-"): folder for folder in checkpoints(run)}
     require(len(found) > 0, "run", str(run), "a run folder with checkpoints")
     if step == "best":
-        scores = {name: read_progress(folder).score for name, folder in found.items() if fault(folder, None) is None}
-        scored = {name: score for name, score in scores.items() if score is not None}
-        require(len(scored) > 0, "step", step, f"{', '.join(found)}, since no checkpoint has a validation's score")
-        step = min(scored, key=lambda name: scored[name])
+        best = best_of(whole_until(run))
+        require(best is not None, "step", step, f"{', '.join(found)}, since no checkpoint has a validation's score")
+        assert best is not None
+        step = best.name.removeprefix("step-")
     chosen = list(found)[-1] if step is None else step
     require(chosen in found, "step", chosen, f"{', '.join(found)} or best")
     reason = fault(found[chosen])

@@ -1,11 +1,10 @@
-"""Jobs of many tasks on Ray actors: each task done whatever dies, and one job a folder.
+"""Jobs of many tasks on Ray actors: each task done whatever dies.
 
 Ray restarts a worker that dies and gives it its task again. The work is plain actors and not Ray Data, since the failure
 of one task is a result here: Ray Data (2.60), with its retries limited, drops the row of a task that kills its worker
 with nothing but a line in the log. Side effects are the worker's to make idempotent.
 """
 
-import fcntl
 import logging
 import math
 import os
@@ -14,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,17 +21,6 @@ from stgen.config import require
 
 _TRIES = 3
 """A task whose worker dies this often has failed: it may be what kills it."""
-
-
-@contextmanager
-def only_job(out: Path) -> Iterator[None]:
-    """Refuses a second job in the same folder; the lock ends with this process, however it ends."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out is {str(out)!r}, allowed: a folder that no other job is writing to") from error
-        yield
 
 
 @dataclass(frozen=True)

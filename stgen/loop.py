@@ -1,5 +1,8 @@
 """The training loop of both trainers: resume, step, average, log, save."""
 
+import hashlib
+import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +15,12 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from stgen.accelerator import PREEMPTED, StopRequests, set_batch
-from stgen.averaging import AveragedWeights
+from stgen.averaging import AveragedWeights, rewind_snapshots
 from stgen.checkpoint import best_score, check_global_batch, checkpoints, resume, save_checkpoint, share_weights
 from stgen.config import flatten_config, require, save_config, under
 from stgen.data.reading import ClipDataset, DamageLog, DataConfig, clip_loader
-from stgen.data.shards import count_reasons
+from stgen.data.shards import Damage, count_reasons
+from stgen.durable import write_durably
 from stgen.optimization import (
     FiniteSteps,
     OptimizerConfig,
@@ -71,6 +75,9 @@ MAY_CHANGE = (
 )
 """What a resumed run may be told anew. All else makes another run of it, whose checkpoints would not say so."""
 
+NOT_MEASURED = tuple(f"validation.{name}" for name in ("every", "sheet_clips", "sampling_steps", "guidance_scale"))
+"""Of `validation`, what its score doesn't follow from."""
+
 ARCHITECTURE = "architecture"
 """Folder in the run folder with the config.json of the model in training, from which `stgen export` makes it again."""
 
@@ -84,6 +91,13 @@ def check_run(config: LoopConfig) -> None:
             if not under(key, MAY_CHANGE):
                 changed = f"{before.get(key)!r}, with which {run} was begun; another run folder takes another value"
                 require(before.get(key) == now.get(key), key, now.get(key), changed)
+
+
+def measure_of(config: LoopConfig) -> str:
+    """`Progress.measured` of the validations of a run: of other settings, another one."""
+    settings = {key: value for key, value in flatten_config(config).items() if under(key, ("validation",))}
+    kept = {key: value for key, value in settings.items() if not under(key, NOT_MEASURED)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def begin_run(config: LoopConfig) -> None:
@@ -126,6 +140,36 @@ def check_stages(stages: Sequence[Stage], accelerator: Accelerator) -> None:
         clip_loader(stage.dataset, 0, stage.config.batch_size, workers=0)  # reads nothing, but refuses mixed batches
 
 
+class DamageLogs:
+    """The `DamageLog` of each stage, and `run/damaged.jsonl`, a row for all that was passed over.
+
+    They are registered for checkpointing: a run that stopped goes on counting, and has each row once.
+    """
+
+    def __init__(self, stages: Sequence[Stage], accelerator: Accelerator, run: Path) -> None:
+        self.logs, self.accelerator = [DamageLog(stage.dataset) for stage in stages], accelerator
+        self.path = run / "damaged.jsonl" if accelerator.is_main_process else None
+
+    def share(self, number: int) -> None:
+        """Of a stage, see `DamageLog.share`; what is new is printed. All processes call it, before they save too."""
+        log = self.logs[number]
+        if met := log.share(gather_object, self.path):
+            self.accelerator.print(f"data: passed over {count_reasons(met)}, {len(log.found)} in all: {met[0]}")
+
+    def rewind(self) -> None:
+        """Takes damaged.jsonl back to what is known: the rows after it will be written again."""
+        found = [damage for log in self.logs for damage in log.found.values()]
+        if self.path is not None and (found or self.path.exists()):
+            write_durably(self.path, "".join(json.dumps(damage._asdict()) + "\n" for damage in found))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"found": [[list(damage) for damage in log.found.values()] for log in self.logs]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for log, rows in zip(self.logs, state["found"], strict=True):
+            log.found = {damage[:2]: damage for damage in (Damage(*row) for row in rows)}
+
+
 def fit(
     accelerator: Accelerator,
     config: LoopConfig,
@@ -160,13 +204,18 @@ def fit(
     averaged = AveragedWeights(model, config.optimizer.average, config.optimizer.ema_decay)
     averaged.register(accelerator)
     log, finite = LossLog(accelerator), FiniteSteps(optimizer, config.optimizer.max_nonfinite)
-    accelerator.register_for_checkpointing(log, finite)
+    damage = DamageLogs(stages, accelerator, run)
+    accelerator.register_for_checkpointing(log, finite, damage)
     share_weights(accelerator)
     accelerator.init_trackers("stgen", {key: str(value) for key, value in flatten_config(config).items()})
     speed = Throughput(accelerator, model, config.peak_flops, tokens)
 
     progress = resume(accelerator, run)
-    step, samples, best = progress.step, progress.samples, best_score(run)
+    damage.rewind()
+    if accelerator.is_main_process:
+        rewind_snapshots(run, progress.samples)
+    measured = measure_of(config)
+    step, samples, best = progress.step, progress.samples, best_score(run, progress.step, measured)
     rank, ranks, entered = accelerator.process_index, accelerator.num_processes, None
     bar = progress_bar(config.samples, samples, accelerator.is_main_process, run.name)
     stop = StopRequests(accelerator)
@@ -175,10 +224,11 @@ def fit(
         number = stage_at(stages, samples)
         stage, now = stages[number], stages[number].config
         if number != entered:
+            if entered is not None:
+                damage.share(entered)
             entered, position, global_batch = number, samples - stage.begin, now.batch_size * ranks * now.accumulate
             check_global_batch(position, global_batch)
             set_batch(accelerator, now.batch_size, now.accumulate)
-            damage = DamageLog(stage.dataset)
             batches = clip_loader(stage.dataset, position, now.batch_size, now.data.workers, rank, ranks)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(now.optimizer, samples, config.samples)
@@ -186,7 +236,7 @@ def fit(
             with accelerator.accumulate(wrapped):
                 batch = next(batches)
                 speed.see(batch)
-                damage.add(batch["damaged"])
+                damage.logs[number].add(batch["damaged"])
                 losses = compute_losses(wrapped, batch, samples)
                 accelerator.backward(all_or_nothing(losses["loss"]))
                 if accelerator.sync_gradients:
@@ -202,18 +252,22 @@ def fit(
             averaged.snapshot(run, samples)
         bar.update(global_batch)
         if step % config.log_every == 0 or samples >= config.samples:
-            if met := damage.share(gather_object, run / "damaged.jsonl" if accelerator.is_main_process else None):
-                accelerator.print(f"data: passed over {count_reasons(met)}, {len(damage.found)} in all: {met[0]}")
+            damage.share(number)
             values = log.take() | {"nonfinite": finite.count()} | speed.take()
             place = {"samples": samples, "stage": number} if len(stages) > 1 else {"samples": samples}
-            accelerator.log({**values, **damage.metrics(), **place, "lr": optimizer.param_groups[0]["lr"]}, step)
+            accelerator.log(
+                {**values, **damage.logs[number].metrics(), **place, "lr": optimizer.param_groups[0]["lr"]}, step
+            )
             shown = {**values, "stage": number} if len(stages) > 1 else values
             show_row(bar, shown)
         speed.stop()
         score = after_step(averaged, step, samples)
+        if score is not None and not math.isfinite(score):
+            score = None  # it compares with none, and is a null in metrics.jsonl already
         better, stopping = score is not None and score < best, stop.any()
         if step % config.checkpoint_every == 0 or samples >= config.samples or better or stopping:
-            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints, score)
+            damage.share(number)
+            save_checkpoint(accelerator, run, step, samples, config.keep_checkpoints, score, measured)
             best = min(best, score) if score is not None else best
         if stopping and samples < config.samples:
             accelerator.print(f"\nasked to stop: {run} is saved after {samples} clips, the same command goes on")

@@ -140,9 +140,10 @@ class LossLog:
         Forwards whose value is not finite are left out: their steps are skipped and counted. NaN if none is left.
         """
         stacked = {name: torch.stack(values) for name, values in self.values.items()}
-        means = {name: values[values.isfinite()].mean() for name, values in stacked.items()}
+        finite = {name: values[values.isfinite()] for name, values in stacked.items()}
+        sums = {name: torch.stack([values.sum(), values.new_tensor(len(values))]) for name, values in finite.items()}
         self.values = {}
-        return {name: value.item() for name, value in self.accelerator.reduce(means, "mean").items()}
+        return {name: (total / count).item() for name, (total, count) in self.accelerator.reduce(sums, "sum").items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Values `p n` of p processes, by name. All processes call it."""

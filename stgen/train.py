@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stgen.accelerator import full_weights, make_accelerator, stop_on_value_error
+from stgen.accelerator import alone_in, full_weights, make_accelerator, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
 from stgen.data.color import to_pixels
@@ -322,14 +322,19 @@ def open_stage(config: TrainConfig, vae: VideoVAE, check: bool) -> tuple[ClipDat
 
 def train(config: TrainConfig) -> None:
     """Trains to `config.samples` clips, from the newest checkpoint of the run if there is one, and exports."""
-    run = Path(config.run)
     config = config.with_architecture()
     configs = resolve_stages(config)
     last = configs[-1]
     accelerator = make_accelerator(
-        run, last.batch_size, last.accumulate, config.optimizer.max_grad_norm, config.trackers
+        Path(config.run), last.batch_size, last.accumulate, config.optimizer.max_grad_norm, config.trackers
     )
-    device = accelerator.device
+    with alone_in(config.run, accelerator):
+        _train(config, configs, accelerator)
+    accelerator.end_training()
+
+
+def _train(config: TrainConfig, configs: list[TrainConfig], accelerator: Accelerator) -> None:
+    run, last, device = Path(config.run), configs[-1], accelerator.device
     vae = load_vae(config.vae).requires_grad_(False).to(device)
     opened = [open_stage(stage, vae, accelerator.is_main_process) for stage in configs]
     cache = run / "cache" / "text.safetensors"
@@ -395,7 +400,6 @@ def train(config: TrainConfig) -> None:
 
     averaged = fit(accelerator, config, stages, net, compute_losses, after_step=after_step, tokens=tokens)
     export(config, net, averaged, vae, accelerator, run / "export")
-    accelerator.end_training()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from stgen.accelerator import full_weights, make_accelerator, share_out, stop_on_value_error
+from stgen.accelerator import alone_in, full_weights, make_accelerator, share_out, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.color import to_pixels
@@ -44,7 +44,7 @@ class ValidationConfig:
     """Reconstruction of clips that the run never trains on, by the averaged weights."""
 
     path: str = "???"
-    """Folder of held-out shards, with clips of the shape, or of every shape, that `data` asks for."""
+    """Folder of held-out shards and their index, with clips of the shape, or of every shape, that `data` asks for."""
     clips: int = 16
     """Its first so many clips."""
     every: int = 1000
@@ -225,7 +225,7 @@ class Validator:
 
     def __init__(self, config: TrainVAEConfig, settings: ValidationConfig, accelerator: Accelerator) -> None:
         self.clips, self.accelerator, self.folder = settings.clips, accelerator, Path(config.run) / "samples"
-        self.dataset = ClipDataset(replace(config.data, path=settings.path), shuffle=False)
+        self.dataset = ClipDataset(replace(config.data, path=settings.path, index=None), shuffle=False)
         held_out = len(self.dataset)
         require(self.clips <= held_out, "validation.clips", self.clips, f"at most {held_out}, those of {settings.path}")
         # SSIM is scikit-image's; to miss it after the first thousand steps would be late.
@@ -294,10 +294,16 @@ def export(
 
 def train_vae(config: TrainVAEConfig) -> None:
     """Trains to `config.samples` clips, from the newest checkpoint of the run if there is one."""
-    run = Path(config.run)
     accelerator = make_accelerator(
-        run, config.batch_size, config.accumulate, config.optimizer.max_grad_norm, config.trackers
+        Path(config.run), config.batch_size, config.accumulate, config.optimizer.max_grad_norm, config.trackers
     )
+    with alone_in(config.run, accelerator):
+        _train_vae(config, accelerator)
+    accelerator.end_training()
+
+
+def _train_vae(config: TrainVAEConfig, accelerator: Accelerator) -> None:
+    run = Path(config.run)
     dataset = ClipDataset(config.data, config.seed)
     torch.manual_seed(config.seed)  # for the initial weights; all later draws have generators of their own
     for frames in sorted(set(dataset.rows.shapes[:, 0].tolist())):
@@ -344,7 +350,6 @@ def train_vae(config: TrainVAEConfig) -> None:
     check_stages(stages, accelerator)
     averaged = fit(accelerator, config, stages, objective, compute_losses, discriminate, after_step)
     export(config, vae, averaged, dataset, accelerator, run / "export")
-    accelerator.end_training()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -50,7 +50,8 @@ class ValidationConfig:
     """What is measured, on what, how often."""
 
     path: str = "???"
-    """Folder of held-out shards, with pixels, of the shape or every shape that `data` (of the last stage) asks for."""
+    """Folder of held-out shards and their index, with pixels, of the shape or every shape that `data` (of the last stage)
+    asks for."""
     clips: int = 16
     """Its first so many clips."""
     every: int = 1000
@@ -84,7 +85,7 @@ class ValidationConfig:
         Raises:
             ValueError: the folder is unusable or holds too few clips.
         """
-        dataset = ClipDataset(replace(data, path=self.path), shuffle=False)
+        dataset = ClipDataset(replace(data, path=self.path, index=None), shuffle=False)
         allowed = f"at most {len(dataset)}, those of {self.path}"
         require(self.clips <= len(dataset), "validation.clips", self.clips, allowed)
         return dataset

@@ -11,7 +11,6 @@ Read frames are upright (the display matrix is applied, as by players), 8 bits a
 import functools
 import io
 import itertools
-import os
 import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from stgen.config import require
+from stgen.durable import replacing
 
 Frames = NDArray[np.uint8]
 
@@ -427,21 +427,6 @@ def write_gif(path: str | Path, frames: Frames, fps: float, scale: int = 1) -> N
     first, *rest = [Image.fromarray(f) for f in frames]
     with replacing(path) as temporary:
         first.save(temporary, "GIF", save_all=True, append_images=rest, duration=delays.tolist(), loop=0)
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`: renamed to it at the end of the block, removed if the block fails."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _as_rgb(frames: Frames) -> Frames:

@@ -1,6 +1,7 @@
 """Averaged weights: their arithmetic, and what each process holds and saves of them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -198,6 +199,17 @@ def test_too_few_snapshots_are_refused(tmp_path: Path) -> None:
         ValueError, match=r"width is 0.2, allowed: those that 1 snapshots add up to; this one is \d+% off"
     ):
         reconstruct_average(tmp_path, 0.2)
+
+
+def test_snapshots_after_the_checkpoint_are_made_again(training_world: Path, tmp_path: Path) -> None:
+    """Killed at 16 clips, the run goes on from 8 with other distances between snapshots."""
+    run, power = tmp_path / "run", "optimizer.average=power"
+    run_training(training_world, run, power, "optimizer.snapshot_every=4", saves=1)
+    assert list(snapshots(run)) == [4, 8, 12, 16]
+    shutil.copytree(run / "averages" / "samples-16", run / "averages" / "samples-20.tmp")
+    run_training(training_world, run, power, "optimizer.snapshot_every=6")
+    assert list(snapshots(run)) == [4, 8, 12, 20, 24]
+    assert not list((run / "averages").glob("*.tmp"))
 
 
 @pytest.mark.slow

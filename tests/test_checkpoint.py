@@ -1,9 +1,13 @@
 """Checkpoints: whole or torn, which are kept, what resuming refuses, and the metrics that go with them."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import run_training
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import ACCELERATE, launch_arguments
@@ -28,6 +33,8 @@ from stgen.checkpoint import (
     resume,
     save_checkpoint,
 )
+from stgen.durable import only_job
+from stgen.export import find_checkpoint
 from stgen.tracking import LossLog, rewind_metrics
 
 
@@ -40,10 +47,10 @@ class Trainer:
         optimizer = torch.optim.AdamW(self.model.parameters())
         self.model, _ = self.accelerator.prepare(self.model, optimizer)
 
-    def save(self, step: int, keep: int = 2, score: float | None = None) -> Path:
+    def save(self, step: int, keep: int = 2, score: float | None = None, measured: str = "") -> Path:
         with torch.no_grad():
             self.model.weight.fill_(step)
-        save_checkpoint(self.accelerator, self.run, step, 4 * step, keep, score)
+        save_checkpoint(self.accelerator, self.run, step, 4 * step, keep, score, measured)
         return self.run / "checkpoints" / f"step-{step}"
 
     def resume(self) -> Progress:
@@ -122,7 +129,7 @@ def test_what_a_kill_left_is_reported_and_removed(trainer: Trainer, capsys: pyte
 def test_progress_says_on_what_the_run_ran(trainer: Trainer) -> None:
     folder = trainer.save(3, score=0.5)
     expected = {"step": 3, "samples": 12, "score": 0.5, "processes": 1, "strategy": "replicated", "precision": "no"}
-    assert asdict(read_progress(folder)) == expected
+    assert asdict(read_progress(folder)) == expected | {"measured": ""}
     manifest = json.loads((folder / MANIFEST).read_text())
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert manifest.keys() == files - {MANIFEST}
@@ -163,6 +170,30 @@ def test_torn_ones_count_for_nothing(trainer: Trainer) -> None:
     assert fault(folder) is None, "the run that comes by it again writes it again"
 
 
+def test_spoilt_ones_that_were_passed_over_push_none_out(trainer: Trainer) -> None:
+    trainer.save(2, keep=9, score=2.0)
+    flip(trainer.save(4, keep=9, score=1.0), "model.safetensors")  # of the size that it should have
+    assert trainer.resume().step == 2
+    assert best_score(trainer.run, step=2) == 2.0, "the spoilt one's score is to be reached again"
+    trainer.save(3, keep=1)
+    assert names(trainer.run) == ["step-2", "step-3", "step-4"]
+    assert trainer.resume().step == 3
+    trainer.save(4, keep=1, score=1.0)
+    assert names(trainer.run) == ["step-4"]
+    assert trainer.resume().step == 4
+
+
+def test_scores_compare_with_those_that_were_measured_alike(trainer: Trainer) -> None:
+    trainer.save(1, keep=1, score=1.0, measured="easy")
+    trainer.save(2, keep=1, measured="hard")
+    assert names(trainer.run) == ["step-1", "step-2"], "the best as long as none is measured anew"
+    assert best_score(trainer.run, measured="hard") == float("inf")
+    trainer.save(3, keep=1, score=3.0, measured="hard")
+    trainer.save(4, keep=1, score=4.0, measured="hard")
+    assert names(trainer.run) == ["step-3", "step-4"]
+    assert find_checkpoint(trainer.run, "best").name == "step-3"
+
+
 # --- The metrics --------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +232,43 @@ def test_losses_between_two_rows_are_saved_with_the_checkpoint() -> None:
     of_two = {"loss": torch.tensor([[1.0, 2.0], [3.0, 6.0]])}  # of two processes, taken up by one
     second.load_state_dict(of_two)
     assert second.take() == {"loss": 3.0}
+
+
+# --- One process a run --------------------------------------------------------------------------------------------
+
+
+def test_a_second_command_in_the_run_folder_is_refused(training_world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    hold = "import os, time; print(1, flush=True); [time.sleep(60) if os.fork() == 0 else time.sleep(60)]"
+    script = f"import pathlib; from stgen.durable import only_job\nwith only_job(pathlib.Path({str(run)!r})): {hold}"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, start_new_session=True) as other:
+        try:
+            other.stdout.readline()
+            with pytest.raises(
+                ValueError, match=r"^run is '.*run', allowed: a folder that no other job is writing to$"
+            ):
+                run_training(training_world, run)
+            assert not (run / "config.yaml").exists()
+            other.kill()
+            other.wait()
+            # What a killed process leaves running, such as workers of its data, doesn't keep the same command from going on.
+            with only_job(run):
+                pass
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with (
+        pytest.warns(UserWarning, match="cannot be locked .*not implemented.*: see that no other job"),
+        only_job(tmp_path),
+    ):
+        pass
 
 
 # --- Signals and launches -----------------------------------------------------------------------------------------

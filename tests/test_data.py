@@ -602,6 +602,9 @@ def test_training_on_damaged_shards_is_the_same_with_workers_and_resumed(
             train_here(*helped)
     train_here(*helped)
     assert losses(world / "passed_over_cut") == expected
+    assert skipped("passed_over_cut") == skipped("passed_over")
+    whole, cut = ((world / run / "damaged.jsonl").read_text() for run in ("passed_over", "passed_over_cut"))
+    assert cut == whole, "each row once"
     listed = [json.loads(line) for line in (world / "passed_over" / "damaged.jsonl").read_text().splitlines()]
     assert sorted((row["key"], row["reason"].partition(":")[0]) for row in listed) == [
         ("1-1", "undecodable"),

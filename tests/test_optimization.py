@@ -318,6 +318,7 @@ def test_a_loss_that_is_not_finite_on_one_process_is_no_step_on_any(
     Run(poisoned_training, arguments, tmp_path / "log", strategy, 2).succeed()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["nonfinite"] for row in rows] == [0, 1, 0, 1, 0, 0]
+    assert all(row["loss"] is not None for row in rows), "that of the other process is told"
     one, two = losses_of(poisoned[1]), losses_of(rows)
     assert {n: two[n] for n in (4, 12, 20, 24)} == pytest.approx({n: one[n] for n in (4, 12, 20, 24)}, rel=2e-4)
     exports = [load_file(f / "export/transformer/diffusion_pytorch_model.safetensors") for f in (run, poisoned[0])]

@@ -1,6 +1,7 @@
 """A curriculum in one run: what stages may say, where they begin and end, and that resuming there is exact."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,20 @@ def test_resuming_is_exact_across_a_boundary(
     name = "export/transformer/diffusion_pytorch_model.safetensors"
     ours, theirs = load_file(tmp_path / "run" / name), load_file(whole[0] / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_damage_of_a_stage_that_ends_between_two_rows_is_told(training_world: Path, tmp_path: Path) -> None:
+    small = shutil.copytree(training_world / "small", tmp_path / "small")
+    row = json.loads((small / "index.jsonl").read_text().splitlines()[3])
+    with (small / row["shard"]).open("r+b") as shard:
+        shard.seek(row["files"]["npy"][0])
+        shard.write(b"nonsense")
+    data = {"path": str(small), "num_frames": 5, "height": 8, "width": 8, "max_damaged": 0.5}
+    run_training(
+        training_world, tmp_path / "run", stages({"samples": 8, "data": data}, {}), "log_every=4", "checkpoint_every=9"
+    )
+    (found,) = map(json.loads, (tmp_path / "run" / "damaged.jsonl").read_text().splitlines())
+    assert found["key"] == row["key"]
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 notice it, and that others get from the export what the trainer had."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,11 @@ from stgen import AutoencoderKLSTGen, STGenPipeline
 from stgen.checkpoint import checkpoints, read_progress
 from stgen.cli import app
 from stgen.config import load_config
+from stgen.data.reading import ClipDataset, DataConfig
 from stgen.export import export_checkpoint
 from stgen.train import TrainConfig
 from stgen.train_vae import TrainVAEConfig, train_vae
-from stgen.validation import ValidationConfig, draw_task, sample_latents
+from stgen.validation import ValidationConfig, Validator, draw_task, sample_latents
 
 TASKS = ("text", "prediction", "interpolation", "inpainting")
 Rows = list[dict]
@@ -62,6 +65,19 @@ def same_latents(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert found.keys() == expected.keys()
     for name, latents in expected.items():
         torch.testing.assert_close(found[name], latents, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("again", [{"clips": 2}, {"sheet_clips": 1}])
+def test_a_best_score_lasts_as_long_as_what_it_was_measured_by(
+    training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: dict
+) -> None:
+    scores = iter([0.1, math.nan, 0.3, 0.2])
+    monkeypatch.setattr(Validator, "__call__", lambda self, step, samples: next(scores))
+    for samples, settings in ((16, {}), (32, again)):
+        fixed = (f"samples={samples}", "keep_checkpoints=1", "optimizer.schedule=constant")
+        run_training(training_world, tmp_path / "run", validation(training_world, every=2, **settings), *fixed)
+    kept = {int(folder.name[5:]): read_progress(folder).score for folder in checkpoints(tmp_path / "run")}
+    assert kept == ({8: 0.2} if "clips" in again else {2: 0.1, 8: 0.2})
 
 
 # --- What it measures and draws -----------------------------------------------------------------------------------
@@ -113,6 +129,15 @@ def test_training_does_not_notice(validated: tuple[Path, Rows], training_world: 
     with_it = STGenPipeline.from_pretrained(validated[0] / "export").transformer.state_dict()
     for name, weight in STGenPipeline.from_pretrained(tmp_path / "plain" / "export").transformer.state_dict().items():
         assert torch.equal(weight, with_it[name]), name
+
+
+def test_held_out_clips_are_those_of_their_own_index(training_world: Path) -> None:
+    """Where the shards for training have theirs in another folder."""
+    data = DataConfig(f"{training_world}/train", 9, 16, 16, index=f"{training_world}/train")
+    found = ValidationConfig(path=f"{training_world}/heldout", clips=4).open(data)
+    alone = ClipDataset(replace(data, path=f"{training_world}/heldout", index=None), shuffle=False)
+    assert len(found) == len(alone) == 4
+    assert all(torch.equal(found[i]["video"], alone[i]["video"]) for i in range(4))
 
 
 @pytest.mark.parametrize(
