@@ -199,7 +199,8 @@ def plan(
     json: Annotated[Optional[Path], typer.Option(help="file to write the plan to as well")] = None,
 ) -> None:
     """What a training run will take, and whether it would start: data, memory, time. Writes nothing into it."""
-    from stgen.plan import make_plan, report, to_json
+    from stgen.plan import make_plan
+    from stgen.plan_report import report, to_json
 
     found = make_plan(config, overrides or (), trainer, processes, strategy, precision, probe)
     if json is not None:

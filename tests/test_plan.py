@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from stgen.cli import app
 from stgen.config import load_config
 from stgen.data.moving_mnist import write_moving_mnist
 from stgen.data.reading import ClipDataset, clip_loader
-from stgen.data.shards import ShardWriter
+from stgen.data.shards import ShardWriter, open_index
+from stgen.data.sources import open_source
+from stgen.encoding import encode_clips
 from stgen.footprint import (
     STRATEGIES,
     RankMemory,
@@ -33,7 +36,10 @@ from stgen.footprint import (
     step_footprint,
 )
 from stgen.optimization import OptimizerConfig, make_optimizer
-from stgen.plan import Plan, make_plan, plan_data, read_config
+from stgen.plan import make_plan, plan_data
+from stgen.plan_report import Plan, report
+from stgen.preflight import read_config
+from stgen.rehearsal import optimizer_state_bytes
 from stgen.train import TrainConfig, train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -76,8 +82,9 @@ def test_plan_of_a_transformer(world: Path, tmp_path: Path) -> None:
     assert "20 x 32 x 32" in done.output
     plan = json.loads(out.read_text())
     assert plan["trainer"] == "train"
-    assert (plan["global_batch"], plan["steps"], plan["steps_per_epoch"]) == (4, 6, 2)
-    (row,) = plan["shapes"]
+    (stage,) = plan["stages"]
+    assert (stage["global_batch"], plan["steps"], stage["steps_per_epoch"]) == (4, 6, 2)
+    (row,) = stage["shapes"]
     assert (row["clips"], row["batches"], row["tokens"]) == (8, 4, 6 * 8 * 8)
     assert plan["step_seconds"] > 0
     assert plan["total_seconds"] == pytest.approx(6 * plan["step_seconds"])
@@ -189,7 +196,7 @@ def test_buckets(tmp_path: Path, world: Path) -> None:
     buckets = "data.buckets=[{num_frames: 5, height: 16, width: 16, keep: 0.5}, {num_frames: 9, height: 16, width: 24}]"
     data = [f"data.path={tmp_path}/data", buckets, "data.block=4"]
     plan = make_plan(TRAIN, overrides(world, *data), probe_seconds=0)
-    rows = {row.shape: row for row in plan.shapes}
+    rows = {row.shape: row for row in plan.stages[0].shapes}
     assert {shape: row.clips for shape, row in rows.items()} == {
         **{(5, 16, 16): 8, (9, 16, 24): 4},
         **{(1, 16, 16): 3, (9, 32, 32): 1},
@@ -200,6 +207,126 @@ def test_buckets(tmp_path: Path, world: Path) -> None:
     assert len(refusals) == 2
     assert "3 clips of (1, 16, 16)" in refusals[0]
     assert "1-16-16-0" in refusals[0]
+
+
+def test_stages_are_planned_one_by_one(world: Path, tmp_path: Path) -> None:
+    write_clips(tmp_path / "small", {(5, 16, 16): 8})
+    stages = f"stages=[{{samples: 8, data: {{path: {tmp_path}/small, num_frames: 5, height: 16, width: 16}}}}, {{}}]"
+    plan = make_plan(TRAIN, overrides(world, stages))
+    assert plan.problems == []
+    small, large = plan.stages
+    assert [(s.begin, s.samples, s.steps) for s in plan.stages] == [(0, 8, 4), (8, 24, 8)]
+    assert [s.shapes[0].shape for s in plan.stages] == [(5, 16, 16), (20, 32, 32)]
+    assert small.step_seconds < large.step_seconds
+    assert plan.total_seconds == pytest.approx(4 * small.step_seconds + 8 * large.step_seconds)
+    alone, both = make_plan(TRAIN, overrides(world), probe_seconds=0).memory["ddp"], plan.memory["ddp"]
+    assert both.activations == alone.activations, "those of the largest stage"
+    assert both.total - both.frozen == alone.total - alone.frozen
+
+
+def test_stages_that_would_stop_the_run(world: Path) -> None:
+    data = f"data: {{path: {world}/nowhere}}"
+    stages = f"stages=[{{samples: 6, frozen: [patch_embed.*]}}, {{samples: 8, {data}}}, {{}}]"
+    plan = make_plan(TRAIN, overrides(world, stages), processes=2, strategy="zero2", probe_seconds=0)
+    for message in ("stages[0].samples is 6, allowed: a multiple of the 4", "nowhere", "stages[0].frozen is '2 more"):
+        assert any(message in problem for problem in plan.problems), (message, plan.problems)
+
+
+def test_only_what_trains_is_counted(world: Path, tmp_path: Path) -> None:
+    """Frozen by patterns, or all but adapters, on weights that are there already."""
+    whole = make_plan(TRAIN, overrides(world), probe_seconds=0).memory["ddp"]
+    frozen = make_plan(TRAIN, overrides(world, "trainable=['transformer_blocks.0.*']"), probe_seconds=0)
+    assert frozen.problems == []
+    trained = sum(number for name, number in frozen.parameters.items() if name.endswith(", trained"))
+    memory = frozen.memory["ddp"]
+    assert (memory.gradients, memory.optimizer, memory.averages) == (4 * trained, 8 * trained, 4 * trained)
+    assert memory.weights == whole.weights
+
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 2, "pattern": "st", "text_dim": 16}
+    sizes |= {"patch_size": (1, 2, 2), "in_channels": 4, "mask_channels": 4}
+    STGenTransformer3DModel(**sizes).save_pretrained(tmp_path / "init")
+    paths = [f"run={world}/lora", f"vae={world}/vae", f"data.path={world}/train", f"text_encoder={world}/text"]
+    config = str(write_config(tmp_path))
+    tuned = [*paths, f"init={tmp_path}/init", "lora={rank: 2, targets: [to_qkv]}", "batch_size=2", "samples=8"]
+    plan = make_plan(config, tuned)
+    assert plan.problems == []
+    # A is 2 x 24 and B 72 x 2, in 2 blocks.
+    adapters = plan.memory["ddp"].gradients // 4
+    assert adapters == 2 * (2 * 24 + 2 * 72)
+    assert plan.export_bytes == 2 * 4 * adapters
+    assert plan.total_seconds is not None
+    (tmp_path / "init" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
+    torn = make_plan(config, tuned, probe_seconds=0)
+    assert any(problem.startswith("init: ") for problem in torn.problems), torn.problems
+
+
+def write_config(folder: Path) -> Path:
+    """The configuration of tests, without the model, which is that of `init`."""
+    lines = ["data: {num_frames: 20, height: 32, width: 32}"]
+    (folder / "tune.yaml").write_text("\n".join(lines))
+    return folder / "tune.yaml"
+
+
+def test_optimizers_and_averages(world: Path) -> None:
+    plain = make_plan(TRAIN, overrides(world), probe_seconds=0).memory["ddp"]
+    power = ["optimizer.average=power", "optimizer.snapshot_every=8"]
+    plan = make_plan(TRAIN, overrides(world, *power), probe_seconds=0)
+    assert plan.memory["ddp"].averages == 2 * plain.averages
+    assert plan.snapshot_bytes == 4 * 2 * plain.averages, "of 8, 16 and 24 clips, and one more at most"
+    for name in ("muon", "prodigy", "adamw_8bit"):
+        plan = make_plan(TRAIN, overrides(world, f"optimizer.name={name}"), strategy="zero1", probe_seconds=0)
+        assert f"optimizer.name is '{name}', allowed: adamw under DEEPSPEED" in plan.problems
+        assert plan.memory.keys() == {"ddp"}
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw_8bit"])
+def test_optimizer_states_are_those_of_a_real_step(name: str) -> None:
+    net, config = transformer(), OptimizerConfig(name=name)
+    optimizer = make_optimizer(net, config)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    tensors = [
+        x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor) and x.ndim
+    ]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    with FakeTensorMode():
+        assert optimizer_state_bytes(transformer(), config) == sum(storages.values())
+
+
+@pytest.mark.parametrize("drop_pixels", [False, True])
+def test_stored_latents_are_not_encoded(world: Path, tmp_path: Path, drop_pixels: bool) -> None:
+    arguments = (world / "train", world / "vae", tmp_path / "encoded", str(world / "text"), 128)
+    encode_clips(*arguments, drop_pixels=drop_pixels)
+    masks = "masks=[{kind: generate_all}]"
+    from_pixels = make_plan(TRAIN, overrides(world, masks), probe_seconds=0)
+    data = f"data.path={tmp_path}/encoded"
+    plan = make_plan(TRAIN, overrides(world, masks, data))
+    assert plan.problems == []
+    assert plan.stages[0].stored == ["latents", "text states"]
+    assert "latents and text states lie with the clips" in report(plan)
+    assert plan.flops_per_step < from_pixels.flops_per_step
+    assert "text encoder, before training" not in plan.parameters
+    boxes = make_plan(TRAIN, overrides(world, "masks=[{kind: moving_box}]", data), probe_seconds=0)
+    if drop_pixels:
+        assert any(problem.startswith("masks.kind is 'moving_box'") for problem in boxes.problems), boxes.problems
+    else:
+        assert boxes.problems == []
+        assert plan.flops_per_step < boxes.flops_per_step
+
+
+def test_damage_is_passed_over_as_in_training(world: Path, tmp_path: Path) -> None:
+    shutil.copytree(world / "train", tmp_path / "torn")
+    (shard,) = (tmp_path / "torn").glob("*.tar")
+    rows = sorted(open_index(open_source(str(tmp_path / "torn"))), key=lambda row: row["files"]["npy"][0])
+    with shard.open("r+b") as file:
+        file.truncate(min(offset for offset, _ in rows[-1]["files"].values()))  # the last clip of 8
+    data = f"data.path={tmp_path}/torn"
+    plan = make_plan(TRAIN, overrides(world, data, "data.max_damaged=0.2"), probe_seconds=0)
+    assert (plan.problems, plan.stages[0].damaged) == ([], {"truncated": 1})
+    assert "damaged clips, which are passed over: 1 truncated" in report(plan)
+    plan = make_plan(TRAIN, overrides(world, data, "data.max_damaged=0.1"), probe_seconds=0)
+    assert any("1 of 8 clips are damaged (1 truncated)" in problem for problem in plan.problems), plan.problems
 
 
 SHAPES = [(1, 8, 8), (5, 8, 8), (5, 8, 16)]
@@ -220,11 +347,12 @@ def test_data_is_refused_exactly_when_training_would(found, asked, batch, tmp_pa
         "vae=nowhere",
         f"data.path={folder}",
         f"data.buckets={json.dumps(buckets)}",
+        "use_encoded=false",
         "data.block=4",
     ]
     config = load_config(TrainConfig, None, [*settings, f"batch_size={batch}"])
     plan = Plan("train", "", "", "ddp", 1, "no", "")
-    plan_data(plan, config)
+    plan_data(plan, config, [config], None)
     try:
         clip_loader(ClipDataset(config.data), 0, batch, 0)
         refused = False
@@ -349,10 +477,14 @@ def test_each_stage_divides_what_it_says() -> None:
 # --- Half precision -----------------------------------------------------------------------------------------------
 
 
-def test_bf16_is_planned_under_autocast_and_under_deepspeed(world: Path) -> None:
+def test_bf16_is_autocast_under_every_strategy(world: Path) -> None:
     # Large enough for the transformer to take more than the VAE.
     wide = overrides(world, "model.num_attention_heads=16", "model.num_layers=4", "masks=[{kind: generate_all}]")
     full, half = (make_plan(TRAIN, wide, precision=p, probe_seconds=0).memory for p in ("no", "bf16"))
-    assert half["ddp"].weights == full["ddp"].weights, "autocast leaves weights alone"
-    assert 2 * half["zero2"].weights == full["zero2"].weights
-    assert half["zero2"].activations < half["ddp"].activations < full["ddp"].activations
+    for strategy in ("ddp", "zero2"):
+        assert half[strategy].weights == full[strategy].weights, "autocast leaves weights alone"
+        assert half[strategy].activations < full[strategy].activations
+    assert half["zero2"].activations == half["ddp"].activations
+    plan = make_plan(TRAIN, overrides(world), strategy="zero1", precision="fp16", probe_seconds=0)
+    assert "mixed_precision is 'fp16', allowed: bf16 or no under DeepSpeed" in plan.problems
+    assert not plan.memory.keys() & {"zero1", "zero2", "zero3"}

@@ -22,6 +22,8 @@ LAYERS = [
     {"accelerator", "checkpoint", "generation", "reconstruction", "encoding", "finetuning", "digits"},
     {"loop", "validation"},
     {"train", "train_vae", "evaluation", "batch", "conversion"},
+    {"preflight", "rehearsal"},
+    {"plan_report"},
     {"export", "plan"},
     {"cli"},
 ]

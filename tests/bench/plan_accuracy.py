@@ -1,6 +1,6 @@
 """What `stgen plan` says a rank's memory will be, beside what real training processes then take.
 
-    python tests/bench/plan_accuracy.py [--models deep,wide] [--strategies ddp,zero1,zero2,zero3] [--out FILE]
+    python tests/bench/plan_accuracy.py [--models deep,wide] [--strategies ddp,zero1,zero2,zero3] [--precision bf16]
 
 Each row launches two training processes on this CPU: the transformer, objective, optimizer and averaged weights of
 `stgen.train`, three optimizer steps on real clips. Measured is the peak resident memory of rank 0 above that before its
@@ -35,20 +35,17 @@ def resident_kib() -> int:
 
 def train_steps(config_file: str, result: str) -> None:
     """One rank: a few optimizer steps as `stgen.train` and `stgen.loop` do them."""
-    from diffusers.training_utils import EMAModel
-
     from stgen.accelerator import make_accelerator
+    from stgen.averaging import AveragedWeights
     from stgen.config import load_config
     from stgen.data.reading import ClipDataset, clip_loader
     from stgen.models.latents import load_vae
     from stgen.objective import denoising_losses
     from stgen.optimization import make_optimizer
-    from stgen.text import encode_text, load_text_encoder
+    from stgen.text import TextCache
     from stgen.train import TrainConfig, make_model, model_inputs
 
     config = load_config(TrainConfig, config_file)
-    # Before the accelerator: under ZeRO-3 transformers splits what it loads over the processes.
-    tokenizer, encoder = load_text_encoder(config.text_encoder)
     vae = load_vae(config.vae).requires_grad_(False)
     accelerator = make_accelerator(Path(config.run), config.batch_size, 1, config.optimizer.max_grad_norm)
     torch.set_num_threads(1)
@@ -56,8 +53,11 @@ def train_steps(config_file: str, result: str) -> None:
     # What a first use leaves behind (thread pools, kernels' code, the text encoder) belongs to the baseline.
     warm = torch.nn.Linear(64, 64)
     warm(torch.randn(8, 64)).sum().backward()
-    text = lambda captions: encode_text(tokenizer, encoder, captions)  # noqa: E731
-    text(["warm"])
+    cache = Path(config.run) / "text.safetensors"
+    if accelerator.is_main_process:
+        TextCache.build(cache, config.text_encoder, ["", *dataset.captions()], config.max_text_length)
+    accelerator.wait_for_everyone()
+    text = TextCache(cache)
     if accelerator.state.deepspeed_plugin:
         import deepspeed.runtime.engine  # noqa: F401
     phases, before = {}, resident_kib()
@@ -65,16 +65,16 @@ def train_steps(config_file: str, result: str) -> None:
     def note(name: str) -> None:
         phases[name] = (resident_kib() - before) / 1024
 
-    net = make_model(config, vae, encoder.config.hidden_size, 10.0)
+    net = make_model(config, vae, text.dim, 10.0)
     if config.gradient_checkpointing:
         net.enable_gradient_checkpointing()
     note("model")
     wrapped, optimizer = accelerator.prepare(net, make_optimizer(net, config.optimizer))
     note("prepared")
-    stage = accelerator.state.deepspeed_plugin.zero_stage if accelerator.state.deepspeed_plugin else 0
-    ema = None if stage == 3 else EMAModel(net.parameters(), foreach=True)
-    note("ema")
+    averaged = AveragedWeights(net)
+    note("averages")
     batches = clip_loader(dataset, 0, config.batch_size, 0, accelerator.process_index, accelerator.num_processes)
+    clips = config.batch_size * accelerator.num_processes
     for step in range(STEPS):
         with accelerator.accumulate(wrapped):
             inputs = model_inputs(next(batches), config, vae, text, accelerator.device)
@@ -87,8 +87,7 @@ def train_steps(config_file: str, result: str) -> None:
             optimizer.step()
             note(f"{step} step")
             optimizer.zero_grad()
-        if ema is not None:
-            ema.step(net.parameters())
+        averaged.update(step + 1, (step + 1) * clips, clips)
     note("end")
     if accelerator.is_main_process:
         measured = (peak_kib() - before) * 1024
@@ -96,12 +95,13 @@ def train_steps(config_file: str, result: str) -> None:
     accelerator.end_training()
 
 
-def launch(strategy: str, config_file: Path, result: Path) -> dict:
+def launch(strategy: str, precision: str, config_file: Path, result: Path) -> dict:
     """Two processes of `train_steps` under the strategy."""
     name = "ddp_cpu" if strategy == "ddp" else "zero2_cpu"
     stage = [] if strategy == "ddp" else ["--zero_stage", strategy[-1]]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", f"configs/accelerate/{name}.yaml", "--main_process_port", "0", *stage]
+    command += ["--mixed_precision", precision]
     environment = {k: v for k, v in os.environ.items() if k != "ACCELERATE_USE_CPU"}
     environment |= {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     here = Path(__file__).resolve()
@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--strategies", default="ddp,zero1,zero2,zero3")
+    parser.add_argument("--precision", default="no", help="no or bf16")
     parser.add_argument("--out", type=Path, help="JSON of all numbers")
     parser.add_argument("--train", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -153,12 +154,11 @@ def main() -> None:
             fixed = ["model.patch_size=[1,1,1]", "model.pattern=st", f"gradient_checkpointing={checkpointing}"]
             config = load_config(TrainConfig, "configs/moving_mnist_64/transformer.yaml", MODELS[model] + fixed + paths)
             save_config(config, folder / "config.yaml")
-            plan = make_plan(str(folder / "config.yaml"), processes=2, probe_seconds=0)
+            plan = make_plan(str(folder / "config.yaml"), processes=2, precision=arguments.precision, probe_seconds=0)
             for strategy in arguments.strategies.split(","):
                 memory = plan.memory[strategy]
-                # Averaged weights are not measured under ZeRO-3.
-                predicted = memory.total - memory.frozen - (memory.averages if strategy == "zero3" else 0)
-                measured = launch(strategy, folder / "config.yaml", folder / "result.json")["peak"]
+                predicted = memory.total - memory.frozen
+                measured = launch(strategy, arguments.precision, folder / "config.yaml", folder / "result.json")["peak"]
                 found.append([model, checkpointing, strategy, predicted, measured])
                 kind = "checkpointing" if checkpointing else ""
                 sizes = f"{predicted / 2**20:14.1f}{measured / 2**20:14.1f}{predicted / measured - 1:8.1%}"
