@@ -39,8 +39,10 @@ def ray_processes(name: str = "ray") -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            # Ray's own programs lie in its package, and workers call themselves ray::CLASS.METHOD.
-            if any(name in word for word in process.cmdline()[:3]):
+            # Ray's own programs lie in its package, and workers call themselves ray::CLASS.METHOD. Behind -c stands code, such
+            # as that of multiprocessing's servers, whose search path names Ray too.
+            words = process.cmdline()[:3]
+            if "-c" not in words and any(name in word for word in words):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue  # it ended while we looked

@@ -327,8 +327,9 @@ class Cached(Source):
         return self._read_parts(name, [(offset, size)])[0]
 
     def _size(self, name: str) -> int | None:
-        path = self.folder / name
-        return path.stat().st_size if path.is_file() else self.source.size(name)
+        with suppress(FileNotFoundError):
+            return (self.folder / name).stat().st_size
+        return self.source.size(name)
 
     def _fetch(self, name: str, target: Path) -> None:
         with self._whole(name) as file, target.open("wb") as copy:
@@ -342,7 +343,8 @@ class Cached(Source):
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(f"{self.folder.name}/{name}"):
-            if path.is_file():  # another process was faster
+            # Another process may have been faster; and yet another may take the file away before it is open.
+            with suppress(FileNotFoundError):
                 return path.open("rb")
             size = self.source.size(name)
             self._fits(name, size or 0)
