@@ -17,7 +17,7 @@ from typing import Any
 
 from stgen.data.clips import Clip, Drop, ShardSettings, cut_file
 from stgen.data.listing import VideoFile
-from stgen.video import replacing
+from stgen.durable import replacing
 
 
 def record_path(parts: Path, i: int) -> Path:

@@ -15,15 +15,12 @@ the records alone, so after a kill it is done over, passing by shards that are w
 and together all of its frames. Where nobody can count frames, behind damage, it ends with null.
 """
 
-import fcntl
 import json
 import math
-import os
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +37,8 @@ from stgen.data.listing import VideoFile, list_videos
 from stgen.data.parts import data_path, record_path, write_parts
 from stgen.data.reading import decode_clip
 from stgen.data.shards import INDEX, PARTS, write_index
-from stgen.video import Frames, Row, contact_sheet, replacing
+from stgen.durable import only_job, replacing
+from stgen.video import Frames, Row, contact_sheet
 
 DROPPED, SHEET, SUMMARY = "dropped.jsonl", "clips.png", "summary.txt"
 SETTINGS, INPUTS = "settings.json", "inputs.jsonl"
@@ -69,7 +67,7 @@ def shard_videos(
         files = [file for file in files if not file.path.resolve().is_relative_to(out.resolve())]
     require(not out.exists() or out.is_dir(), "out", str(out), "a folder, or nothing yet")
     out.mkdir(parents=True, exist_ok=True)
-    with _only_run(out):
+    with only_job(out):
         sizes = _claim(out, files, settings)
         for torn in out.rglob(".*.tmp"):
             torn.unlink()
@@ -105,20 +103,6 @@ def shard_videos(
 
 
 # --- The out folder -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _only_run(out: Path) -> Iterator[None]:
-    """Refuses a second run in the same folder; the lock ends with this process, however it ends."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"out is {str(out)!r}, allowed: a folder that no other run is writing to") from error
-        yield
-    finally:
-        os.close(folder)
 
 
 def _claim(out: Path, files: list[VideoFile], settings: ShardSettings) -> list[int]:
