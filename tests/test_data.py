@@ -645,3 +645,15 @@ def test_the_vae_trains_on_buckets(world: Path, mixed: Path) -> None:
         torch.set_num_threads(1)
     assert all(math.isfinite(loss) for loss in losses(world / "trained_vae").values())
     assert min(AutoencoderKLSTGen.from_pretrained(world / "trained_vae" / "export").config.latents_std) > 0
+
+
+def test_the_first_frames_of_a_clip_are_a_clip(tmp_path: Path) -> None:
+    """`--num-frames` shortens clips; a folder of other clips is refused."""
+    write_moving_mnist(tmp_path, clips=2, size=32, num_frames=5)
+    write_moving_mnist(tmp_path, clips=2, size=32, num_frames=5)
+    dataset = ClipDataset(DataConfig(str(tmp_path), 5, 32, 32), shuffle=False)
+    whole, caption = make_clip("train", 0, 1, size=32)
+    np.testing.assert_array_equal(to_rgb(dataset[1]["video"])[0].numpy(), whole[:5, ..., 0])
+    assert dataset[1]["caption"] == caption
+    with pytest.raises(ValueError, match="num_frames is 21, allowed: 1 to 20"):
+        write_moving_mnist(tmp_path / "other", clips=2, num_frames=21)

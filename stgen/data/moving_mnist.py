@@ -133,9 +133,18 @@ def make_clip(split: str, seed: int, index: int, size: int = 64, digits: int = 2
 
 
 def write_moving_mnist(
-    out: str | Path, clips: int, split: str = "train", seed: int = 0, size: int = 64, digits: int = 2
+    out: str | Path,
+    clips: int,
+    split: str = "train",
+    seed: int = 0,
+    size: int = 64,
+    digits: int = 2,
+    num_frames: int = FRAMES,
 ) -> None:
     """Writes `clips` clips as shards into `out`. A folder that already holds exactly these clips is left as it is.
+
+    Args:
+        num_frames: the first so many frames of each; 1 for images.
 
     Raises:
         ValueError: an argument is out of range, or `out` holds other data.
@@ -144,7 +153,10 @@ def write_moving_mnist(
     require(split in SPLITS, "split", split, " or ".join(SPLITS))
     require(size in SIZES, "size", size, " or ".join(map(str, SIZES)))
     require(digits >= 1, "digits", digits, "1 or more")
+    require(1 <= num_frames <= FRAMES, "num_frames", num_frames, f"1 to {FRAMES}")
     source = f"{SOURCE} split={split} seed={seed} size={size} digits={digits}"
+    if num_frames < FRAMES:
+        source += f" num_frames={num_frames}"
     if (Path(out) / INDEX).exists():
         rows = read_index(out)
         if len(rows) == clips and rows[0]["source"] == source:
@@ -154,11 +166,11 @@ def write_moving_mnist(
         for index in tqdm(range(clips), desc=f"moving-mnist {split}", unit="clip"):
             frames, caption = make_clip(split, seed, index, size, digits)
             buffer = io.BytesIO()
-            np.save(buffer, frames)
+            np.save(buffer, frames[:num_frames])
             clip = {
                 "caption": caption,
                 "fps": FPS,
-                "num_frames": FRAMES,
+                "num_frames": num_frames,
                 "height": size,
                 "width": size,
                 "source": source,
