@@ -618,3 +618,41 @@ def write_report(result: Evaluation) -> str:
         ]
     lines += ["The first captions, in text-to-video.png:", "", *(f"- {text}" for text in result.captions[:SHOWN]), ""]
     return "\n".join(lines)
+
+
+def _one_sample(report: dict[str, Any]) -> dict[str, str]:
+    """A report's column beside others: by row, what one sample and the best naive baseline came to, and what was read."""
+    cells = {"clips": f"{report['settings']['clips']} of {report['settings']['data']}"}
+    for protocol, scores in report["scores"].items():
+        for key, best, form in (("mse", min, ".2f"), ("ssim", max, ".3f")):
+            cells[f"{protocol}, {key.upper()}"] = format(scores["stgen, one sample"][key], form)
+            cells[f"{protocol}, {key.upper()} of the best naive baseline"] = format(
+                best(scores[name][key] for name in BASELINES), form
+            )
+    read = next((score for name, score in report["reading"].items() if name.startswith("stgen, ")), None)
+    for key in ("digits", "directions"):
+        cells[f"text-to-video, {key} of the caption"] = f"{read[key]:.1%}" if read else "not read"
+    return cells
+
+
+def compare_reports(reports: Mapping[str, str | Path]) -> str:
+    """What several reports say of one sample, side by side: a column a report, below each measure the best naive baseline's.
+
+    Args:
+        reports: folders that `evaluate` wrote, by the names of their columns.
+
+    Raises:
+        ValueError: a folder has no report.json.
+    """
+    columns = {}
+    for name, folder in reports.items():
+        try:
+            columns[name] = _one_sample(json.loads((Path(folder) / "report.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"report {name} is {str(folder)!r}, allowed: a folder of stgen evaluate: {error}"
+            ) from error
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for label in next(iter(columns.values())):
+        lines.append(f"| {label} | {' | '.join(cells[label] for cells in columns.values())} |")
+    return "\n".join(lines)

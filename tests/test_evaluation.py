@@ -16,6 +16,7 @@ from stgen.evaluation import (
     CEILING,
     PROTOCOLS,
     best_sample,
+    compare_reports,
     evaluate,
     frame_errors,
     linear_blend,
@@ -186,6 +187,19 @@ def test_a_whole_evaluation(
     assert saved["frames"]["prediction"]["all black"]["mse"][:10] == [None] * 10
     black = saved["frames"]["prediction"]["all black"]["mse"][10:]
     assert np.mean(black) == pytest.approx(saved["scores"]["prediction"]["all black"]["mse"])
+    table = [
+        row.split(" | ")
+        for row in compare_reports({"one": tmp_path / "report", "two": tmp_path / "report"}).splitlines()
+    ]
+    assert table[0] == ["|", "one", "two |"]
+    rows = {row[0]: row[1:] for row in table}
+    one = result.scores["inpainting"]["stgen, one sample"].ssim
+    assert rows["| inpainting, SSIM"] == [f"{one:.3f}", f"{one:.3f} |"]
+    best = max(result.scores["inpainting"][name].ssim for name in BASELINES)
+    assert rows["| inpainting, SSIM of the best naive baseline"][0] == f"{best:.3f}"
+    assert rows["| text-to-video, digits of the caption"][0] == f"{reading['stgen, 2 of each caption'].digits:.1%}"
+    with pytest.raises(ValueError, match="report three is 'nowhere', allowed: a folder of stgen evaluate"):
+        compare_reports({"three": "nowhere"})
     pictures = ("contact_sheet", "per_frame", "text-to-video", *PROTOCOLS)
     assert all((tmp_path / "report" / f"{name}.png").stat().st_size > 0 for name in pictures)
 
