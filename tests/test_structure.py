@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 # Each module may import from its own layer's earlier entries and from all layers above it in this list.
 LAYERS = [
     {"durable"},
-    {"config"},
+    {"config", "pretrained"},
     {"masks", "flow", "video", "tables", "optimization", "jobs", "averaging", "footprint"},
     {"models", "text", "data", "ddpm"},
     {"pipelines", "tracking", "objective", "vae_objective"},

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from stgen.config import require
 from stgen.models.autoencoder import AutoencoderKLSTGen
+from stgen.pretrained import find_pretrained
 
 # A union of the very classes, which is what diffusers' `from_pipe` compares with.
 VideoVAE: TypeAlias = (
@@ -47,12 +48,13 @@ _IMAGES_AT_ONCE = 14
 
 
 def load_vae(folder: str | Path) -> VideoVAE:
-    """Opens a saved VAE, whatever its class, in evaluation mode.
+    """Opens a saved VAE, whatever its class, or one that comes with stgen by its name, in evaluation mode.
 
     Raises:
         ValueError: the folder has no config.json, or one that names none of `VAE_CLASSES`.
         OSError: the folder holds no safetensors; nothing is unpickled.
     """
+    folder = find_pretrained(folder)
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError) as error:

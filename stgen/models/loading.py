@@ -8,6 +8,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from torch import Tensor
 
 from stgen.config import require
+from stgen.pretrained import find_pretrained
 
 
 class SafetensorsOnly:
@@ -15,14 +16,14 @@ class SafetensorsOnly:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **arguments: Any) -> Any:
-        """As diffusers' method of this name.
+        """As diffusers' method of this name; the name of a model that comes with stgen (`stgen.pretrained`) will do too.
 
         Raises:
             ValueError: `use_safetensors=False` is asked for.
             OSError: the folder holds no safetensors.
         """
         parent: Any = super()
-        return parent.from_pretrained(pretrained_model_name_or_path, **_safetensors(arguments))
+        return parent.from_pretrained(find_pretrained(pretrained_model_name_or_path), **_safetensors(arguments))
 
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, **arguments: Any) -> None:
         """As diffusers' method of this name, from a tensor dict, a file or a folder that `save_lora_adapter` wrote."""
