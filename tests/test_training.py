@@ -204,15 +204,18 @@ def test_the_trained_folder_is_evaluated_and_used(world: Path, reference: dict[i
     assert np.concatenate(chunks).shape == (20, 32, 32, 3)
 
 
-def test_the_demo_at_toy_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["moving_mnist_32", "moving_mnist_64"])
+def test_the_demo_at_toy_size(config: str, tmp_path: Path) -> None:
     """launch/demo.sh itself, from another directory, twice: the second run finds everything done."""
     environment = dict(os.environ) | {
         "STGEN_VENV": sys.prefix,
         "RUN": str(tmp_path / "run"),
+        "CONFIG": config,
         "CLIPS": "16",
         "VAE": "samples=16 statistics_clips=8 model.block_out_channels=[8,16,16]",
         "TRANSFORMER": "samples=16 batch_size=8 model.num_layers=1",
         "EVALUATE": "--clips 2 --samples 2 --steps 2",
+        "SHIPPED": "--clips 2 --samples 1 --steps 1",
     }
     command = ["bash", str(REPOSITORY / "launch" / "demo.sh")]
     for _ in range(2):
@@ -220,6 +223,8 @@ def test_the_demo_at_toy_size(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "16 clips are already there" in done.stdout
     assert "resuming from" in done.stdout
+    assert "| | scratch | shipped |" in done.stdout
+    assert "| prediction, MSE of the best naive baseline | " in done.stdout
     report = (tmp_path / "run" / "report" / "report.md").read_text()
     assert "mean of 2 samples" in report
     assert (tmp_path / "run" / "report" / "contact_sheet.png").stat().st_size > 0
