@@ -1,15 +1,16 @@
 """Jobs of many tasks on Ray actors: each task done whatever dies.
 
-Ray restarts a worker that dies and gives it its task again. The work is plain actors and not Ray Data, since the failure
-of one task is a result here: Ray Data (2.60), with its retries limited, drops the row of a task that kills its worker
-with nothing but a line in the log. Side effects are the worker's to make idempotent.
+Another worker takes the place of one that dies, and its task comes again. We count the deaths: Ray's own retries sometimes
+take one for two, when the task meets the worker that is being restarted. The work is plain actors and not Ray Data,
+since the failure of one task is a result here: Ray Data (2.60), with its retries limited, drops the row of a task that
+kills its worker with nothing but a line in the log. Side effects are the worker's to make idempotent.
 """
 
 import logging
 import math
 import os
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,46 +94,45 @@ class Pool:
             RuntimeError: a worker cannot start.
         """
         import ray
-        from ray.exceptions import ActorDiedError, RayError, RayTaskError
+        from ray.exceptions import RayActorError, RayTaskError
 
-        kind: Any = ray.remote(worker_class).options(
-            num_gpus=self.gpus_per_actor,
-            num_cpus=self.cpus_per_actor,
-            max_restarts=-1,
-            max_task_retries=_TRIES - 1,
-        )
-        nothing = object()
-        running: dict[Any, tuple[Any, Any]] = {}
+        kind: Any = ray.remote(worker_class).options(num_gpus=self.gpus_per_actor, num_cpus=self.cpus_per_actor)
+        deaths: Counter[int | None] = Counter()  # by the task's place; at None those of workers that were starting
+        running: dict[Any, tuple[Any, int | None]] = {}  # the worker, and the place of its task; None while it starts
 
         def start_worker() -> None:
             # One that a busy cluster has no room for yet is given no task, or the job would wait for it at the end.
             worker = kind.remote(*arguments)
-            running[worker.ready.remote()] = (worker, nothing)
+            running[worker.ready.remote()] = (worker, None)
 
         for _ in range(min(self.actors, len(tasks))):
             start_worker()
-        queue, left = deque(tasks), len(tasks)
+        queue, left = deque(range(len(tasks))), len(tasks)
         while left:
             (ref,), _ = ray.wait(list(running))
-            worker, task = running.pop(ref)
-            result, failure, usable = None, "", True
+            worker, place = running.pop(ref)
+            result, failure, usable, again = None, "", True, False
             try:
                 result = ray.get(ref)
-            except ActorDiedError as error:
-                raise RuntimeError(f"a worker can't load {loads}: {error}") from error
             except RayTaskError as error:
                 cause = getattr(error, "cause", error)
                 failure = " ".join(f"{type(cause).__name__}: {cause}".split())
                 # Another error than our refusals may be a fault of the GPU, after which nothing works in that process.
                 usable = isinstance(cause, ValueError)
-            except RayError:
-                failure = f"its worker died {_TRIES} times"
-            if task is not nothing:
-                left -= 1
-                yield task, result, failure
+            except RayActorError as error:
+                deaths[place] += 1
+                if place is None and (error.actor_init_failed or deaths[place] == _TRIES):
+                    raise RuntimeError(f"a worker can't load {loads}: {error}") from error
+                failure, usable, again = f"its worker died {_TRIES} times", False, deaths[place] < _TRIES
+            if place is not None:
+                if again:
+                    queue.appendleft(place)
+                else:
+                    left -= 1
+                    yield tasks[place], result, failure
             if not usable:
                 ray.kill(worker)
                 start_worker()
             elif queue:
-                task = queue.popleft()
-                running[worker.run.remote(task)] = (worker, task)
+                place = queue.popleft()
+                running[worker.run.remote(tasks[place])] = (worker, place)

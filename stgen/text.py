@@ -179,9 +179,9 @@ class TextCache:
         return self.states.shape[1]
 
     def __getitem__(self, prompt: str) -> Tensor:
-        """States `n d` of one prompt."""
+        """States `n d` of one prompt, in fp32 whatever precision the encoder was saved in."""
         i = self.rows[prompt]
-        return self.states[self.ends[i - 1] if i else 0 : self.ends[i]]
+        return self.states[self.ends[i - 1] if i else 0 : self.ends[i]].float()
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """States `b n d` and mask bool `b n`, as `encode_text` gives them."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stgen.data.moving_mnist import make_clip
-from stgen.text import MINILM, encode_text, load_text_encoder, shrink_text_encoder
+from stgen.text import MINILM, TextCache, encode_text, load_text_encoder, shrink_text_encoder
 
 CAPTIONS = [make_clip("train", 0, index)[1] for index in range(200)]
 
@@ -47,3 +47,13 @@ def test_refusals(arguments: dict, message: str, tmp_path: Path) -> None:
     given = {"texts": CAPTIONS, "layers": 2, "max_length": 64} | arguments
     with pytest.raises(ValueError, match=message):
         shrink_text_encoder(MINILM, out=tmp_path, **given)
+
+
+def test_states_of_an_encoder_in_half_precision_are_trained_with_in_full(small: Path, tmp_path: Path) -> None:
+    tokenizer, encoder = load_text_encoder(str(small))
+    for part in (tokenizer, encoder.half()):
+        part.save_pretrained(tmp_path / "half")
+    assert load_text_encoder(str(tmp_path / "half"))[1].dtype == torch.float16
+    TextCache.build(tmp_path / "cache.safetensors", str(tmp_path / "half"), ["", *CAPTIONS[:4]], 64)
+    states, _ = TextCache(tmp_path / "cache.safetensors")(["", *CAPTIONS[:4]])
+    assert states.dtype == torch.float32
