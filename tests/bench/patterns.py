@@ -3,6 +3,8 @@
     python tests/bench/patterns.py --data runs/demo/data/train --heldout runs/demo/data/heldout \
         --vae runs/demo/vae/export --out runs/patterns
 
+or with data that `stgen data encode` made, whose latents are then not encoded again.
+
 Every model sees the same clips, masks, noise and times in the same order, with the same width, depth, optimizer and number
 of steps; only the initial weights and the data's order change with the seed. Latte takes our masks as further input channels
 (the given cells' latents, the masked video's, the mask), since its blocks have one timestep for all tokens. Seeds take
@@ -38,7 +40,7 @@ from stgen.masks import MaskSpec, generated_cells
 from stgen.models.latents import VideoVAE, compression_ratios, latent_shape, load_vae
 from stgen.objective import TRAIN_TIMESTEPS, denoising_losses
 from stgen.text import TextCache
-from stgen.train import TrainConfig, make_model, model_inputs
+from stgen.train import TrainConfig, make_model, model_inputs, open_stage
 
 PATTERNS = ("st", "ts", "tsst", "f")
 LATTE = "Latte (diffusers)"
@@ -180,7 +182,7 @@ def run_one(world: World, name: str, seed: int) -> dict[str, float]:
     averaged = fit(
         accelerator,
         config,
-        [Stage(config, ClipDataset(config.data, config.seed))],
+        [Stage(config, open_stage(config, world.vae, check=False)[0])],
         model,
         lambda net, batch, samples: denoising_losses(net, world.inputs(batch, config), config.flow),
     )
