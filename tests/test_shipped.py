@@ -2,8 +2,8 @@
 
     PIN=write python -m pytest tests/test_shipped.py      # writes the pins anew, after a change that is meant
 
-Every folder with a model_index.json under stgen/ or configs/ is shipped and needs a pin in tests/golden/pins; the tiny
-pipeline of the tests is one more case, so that the pinning itself is tested without any.
+Every folder with a model_index.json under stgen/ or configs/ is shipped and needs a pin in tests/golden/pins, and so does
+every VAE that comes alone; the tiny pipeline of the tests is one more case, so that the pinning itself is tested without any.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from stgen import STGenPipeline, STGenPredictionPipeline
+from stgen.models.latents import load_vae
 
 REPOSITORY = Path(__file__).parent.parent
 PINS = REPOSITORY / "tests" / "golden" / "pins"
@@ -24,6 +25,10 @@ SHIPPED = {
     path.parent.relative_to(REPOSITORY).as_posix().replace("/", "-"): path.parent
     for top in ("stgen", "configs")
     for path in sorted((REPOSITORY / top).rglob("model_index.json"))
+}
+VAES = {
+    path.parent.relative_to(REPOSITORY).as_posix().replace("/", "-"): path.parent
+    for path in sorted((REPOSITORY / "stgen" / "pretrained").glob("*/config.json"))
 }
 CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 VERSIONS = ("_diffusers_version", "_name_or_path")
@@ -48,6 +53,27 @@ def digest(values: np.ndarray) -> dict[str, Any]:
     }
 
 
+def stripes(t: int, h: int, w: int) -> np.ndarray:
+    """Stripes that move, `t h w 3` in [0, 1]."""
+    rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
+    frames = np.stack([((rows + columns + 3 * i) % 32 < 8) for i in range(t)]).astype(np.float32)
+    return frames[..., None].repeat(3, -1)
+
+
+def take_vae_pin(folder: Path) -> dict[str, Any]:
+    """The configuration of a VAE by hash, and a few numbers of the latents and the reconstruction of a fixed clip."""
+    vae = load_vae(str(folder)).eval()
+    video = torch.from_numpy(stripes(9, 64, 64)).permute(3, 0, 1, 2)[None] * 2 - 1
+    with torch.no_grad():
+        latents = vae.encode(video).latent_dist.mode()
+        frames = vae.decode(latents).sample
+    return {
+        "configs": {"config.json": config_hash(folder / "config.json")},
+        "latents": digest(latents.numpy()),
+        "frames": digest(frames.numpy()),
+    }
+
+
 def take_pin(folder: Path) -> dict[str, Any]:
     """The configurations of a pipeline by hash, and a few numbers of what it makes of fixed requests."""
     pipeline = STGenPipeline.from_pretrained(folder)
@@ -59,10 +85,8 @@ def take_pin(folder: Path) -> dict[str, Any]:
     prediction = STGenPredictionPipeline(**pipeline.components)
     prediction.set_progress_bar_config(disable=True)
     t, h, w = config.sample_frames, config.sample_height, config.sample_width
-    rows, columns = np.meshgrid(np.arange(h), np.arange(w), indexing="ij")
-    given = np.stack([((rows + columns + 3 * i) % 32 < 8) for i in range(t // 2)]).astype(np.float32)  # moving stripes
     frames = prediction(
-        given[..., None].repeat(3, -1),
+        stripes(t // 2, h, w),
         num_frames=t,
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(0),
@@ -90,9 +114,10 @@ def folder_of(name: str, request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue("tiny_pipeline_folder") if name == "tiny" else SHIPPED[name]
 
 
-@pytest.mark.parametrize("name", ["tiny", *SHIPPED])
-def test_a_pipeline_is_the_pinned_one(name: str, request: pytest.FixtureRequest) -> None:
-    pin, file = take_pin(folder_of(name, request)), PINS / f"{name}.json"
+@pytest.mark.parametrize("name", ["tiny", *SHIPPED, *VAES])
+def test_a_model_is_the_pinned_one(name: str, request: pytest.FixtureRequest) -> None:
+    pin = take_vae_pin(VAES[name]) if name in VAES else take_pin(folder_of(name, request))
+    file = PINS / f"{name}.json"
     if os.environ.get("PIN") == "write":
         PINS.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(pin, indent=2) + "\n")
@@ -100,8 +125,8 @@ def test_a_pipeline_is_the_pinned_one(name: str, request: pytest.FixtureRequest)
     check_pin(pin, json.loads(file.read_text()))
 
 
-def test_every_pin_has_its_pipeline() -> None:
-    assert {path.stem for path in PINS.glob("*.json")} == {"tiny", *SHIPPED}
+def test_every_pin_has_its_model() -> None:
+    assert {path.stem for path in PINS.glob("*.json")} == {"tiny", *SHIPPED, *VAES}
 
 
 def test_a_change_is_seen(tiny_pipeline_folder: Path, tiny_pipeline: STGenPipeline, tmp_path: Path) -> None:
