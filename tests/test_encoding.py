@@ -569,6 +569,7 @@ def test_whoever_dies_the_bytes_are_those_of_one_process(world: Path, tmp_path: 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     log = (tmp_path / "log").open("w")
     driver = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=log)
+    workers = []
     try:
         wait_for(lambda: list(out.rglob(".*.tmp")) or driver.poll() is not None)
         assert driver.poll() is None, (tmp_path / "log").read_text()[-2000:]
@@ -580,6 +581,7 @@ def test_whoever_dies_the_bytes_are_those_of_one_process(world: Path, tmp_path: 
         with pytest.raises(ValueError, match="a folder that no other job is writing to"):
             encode_clips(*arguments, out, *texts)
     finally:
+        kill(workers)  # those that are suspended would outlive the job
         driver.kill()  # the whole job
         driver.wait()
         kill(ray_processes())
