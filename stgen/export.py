@@ -67,7 +67,7 @@ def _load(model: torch.nn.Module, checkpoint: Path) -> AveragedWeights:
 def export_checkpoint(run: str | Path, out: str | Path, step: str | None = None, merge: bool = False) -> Path:
     """Writes `out`: averaged weights by default, the last ones as variant `raw`. Returns the checkpoint that was taken.
 
-    A VAE's latent statistics are measured anew on the run's data.
+    A VAE's latent statistics are measured anew on the run's data, unless its encoder was frozen.
 
     Args:
         step: a number, `best`, or None for the newest.
@@ -85,7 +85,9 @@ def export_checkpoint(run: str | Path, out: str | Path, step: str | None = None,
     if is_vae:
         require(not merge, "merge", merge, "false for a VAE's run")
         config = load_config(train_vae.TrainVAEConfig, saved)
-        vae = AutoencoderKLSTGen.from_config(AutoencoderKLSTGen.load_config(run / ARCHITECTURE))
+        vae = train_vae.freeze(
+            AutoencoderKLSTGen.from_config(AutoencoderKLSTGen.load_config(run / ARCHITECTURE)), config
+        )
         averaged = _load(VAEObjective(vae, config.reconstruction, config.kl_weight), checkpoint)
         dataset = ClipDataset(config.data, config.seed)
         train_vae.export(config, vae.to(accelerator.device), averaged, dataset, accelerator, out)

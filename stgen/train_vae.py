@@ -20,6 +20,7 @@ from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.color import to_pixels
 from stgen.data.reading import ClipDataset, fold_seed
+from stgen.finetuning import names_to_train
 from stgen.loop import ARCHITECTURE, LoopConfig, Stage, begin_run, check_stages, fit
 from stgen.masks import MaskSpec, draw_mixture, hide
 from stgen.models.autoencoder import AutoencoderKLSTGen
@@ -68,6 +69,9 @@ class TrainVAEConfig(LoopConfig):
     """Folder of the weights that the run begins with; null draws them from `seed`. An AutoencoderKLSTGen as `model` has
     it; or an image VAE (AutoencoderKL, such as Stable Diffusion's), which is inflated to a causal video VAE: `model` then
     says `temporal_downsample` alone."""
+    frozen: list[str] = field(default_factory=list)
+    """Parameters that do not train, by patterns of their names as a shell has them. With `["encoder.*"]` what was trained on
+    the latents of `init` goes on with the new decoder: they stay as they were, and so do their mean and standard deviation."""
     gradient_checkpointing: bool = False
     """Trades compute for memory: activations are computed again in the backward pass."""
     window: Any = None
@@ -77,8 +81,8 @@ class TrainVAEConfig(LoopConfig):
     image_fraction: float = 0.0
     """Share of forwards that see single frames: joint training on images. Single frames are never masked."""
     reconstruction: str = "l1"
-    """Reconstruction loss: l1; charbonnier, its smooth form; or mse, which leaves the all-background solution faster on
-    sparse images."""
+    """Reconstruction loss: l1; charbonnier, its smooth form; mse, which leaves the all-background solution faster on
+    sparse images; or clipped_mse, for clips with much pure black or white, which mse leaves a haze on."""
     kl_weight: float = 1e-6
     """Weight of the KL term, the latents' divergence from N(0, 1) averaged over cells and summed over channels."""
     perceptual: PerceptualConfig | None = None
@@ -169,14 +173,26 @@ def prepare_batch(
     return *pair, torch.stack(noises)
 
 
+def freeze(vae: AutoencoderKLSTGen, config: TrainVAEConfig) -> AutoencoderKLSTGen:
+    """Leaves open to training what trains.
+
+    Raises:
+        ValueError: a pattern of `frozen` matches nothing, or nothing is left.
+    """
+    trained = names_to_train(vae, config.frozen)
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return vae
+
+
 def make_vae(config: TrainVAEConfig) -> AutoencoderKLSTGen:
     """The VAE that a run begins with: `config.model`, with weights from torch's global generator or from `config.init`.
 
     Raises:
-        ValueError: `init` holds neither an AutoencoderKLSTGen, of the same names and shapes, nor an image VAE.
+        ValueError: `init` holds neither an AutoencoderKLSTGen, of the same names and shapes, nor an image VAE; see `freeze`.
     """
     if config.init is None:
-        return AutoencoderKLSTGen(**config.model)
+        return freeze(AutoencoderKLSTGen(**config.model), config)
     allowed = "a folder of a saved AutoencoderKLSTGen or AutoencoderKL"
     try:
         given = load_vae(config.init)
@@ -184,10 +200,13 @@ def make_vae(config: TrainVAEConfig) -> AutoencoderKLSTGen:
         raise ValueError(f"init is {config.init!r}, allowed: {allowed}: {error}") from error
     if isinstance(given, AutoencoderKL):
         require_arguments(inflate, config.model, "model", excluded=("image_vae",))
-        return inflate(given, **config.model)
+        return freeze(inflate(given, **config.model), config)
     require(isinstance(given, AutoencoderKLSTGen), "init", config.init, allowed)
     vae = AutoencoderKLSTGen(**config.model)
     load_every_tensor(vae, given.state_dict(), f"init: {config.init}")
+    freeze(vae, config)
+    if not any(parameter.requires_grad for parameter in vae.encoder.parameters()):
+        vae.register_to_config(latents_mean=given.config.latents_mean, latents_std=given.config.latents_std)
     return vae
 
 
@@ -276,12 +295,13 @@ def export(
     accelerator: Accelerator,
     folder: Path,
 ) -> None:
-    """Writes a diffusers folder of the averaged weights, with the statistics of their latents, and of the last weights as
-    variant `raw`, which shares these. All processes call it."""
+    """Writes a diffusers folder of the averaged weights, with the statistics of their latents (those of `init` if the encoder
+    is frozen), and of the last weights as variant `raw`, which shares these. All processes call it."""
     vae.eval()
     with averaged.applied():
-        mean, std = measure_latents(vae, dataset, config.statistics_clips, accelerator)
-        vae.register_to_config(latents_mean=mean, latents_std=std)
+        if vae.config.latents_mean is None:
+            mean, std = measure_latents(vae, dataset, config.statistics_clips, accelerator)
+            vae.register_to_config(latents_mean=mean, latents_std=std)
         with full_weights(vae):
             if accelerator.is_main_process:
                 vae.save_pretrained(folder)

@@ -25,12 +25,20 @@ def charbonnier(x: Tensor, y: Tensor) -> Tensor:
     return ((x - y).square() + 1e-6).sqrt().mean()
 
 
+def clipped_mse(x: Tensor, y: Tensor) -> Tensor:
+    """mean (x - y)^2, but 0 where the reconstruction x lies beyond the end of [-1, 1] at which the target y is: what is
+    shown is clipped there. So black needn't be hit, only passed, and stays black without haze; as in the hinge loss."""
+    passed = (y.abs() >= 1) & (x * y.sign() > 1)
+    return F.mse_loss(torch.where(passed, y, x), y)
+
+
 RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": F.l1_loss,
     "mse": F.mse_loss,
+    "clipped_mse": clipped_mse,
     "charbonnier": charbonnier,
 }
-"""d(x, y) by name: mean absolute error, mean squared error, Charbonnier."""
+"""d(reconstruction, target) by name: mean absolute error, mean squared error, that of what is shown, Charbonnier."""
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -128,6 +128,19 @@ def test_workers_give_the_same_batches(shards: Path) -> None:
         assert torch.equal(a["video"], b["video"])
 
 
+def test_an_error_ends_a_process_with_workers(shards: Path) -> None:
+    """Workers ignore SIGTERM, by which multiprocessing would end them at the exit that then waits for them."""
+    program = f"""
+from stgen.data.reading import ClipDataset, DataConfig, clip_loader
+batches = clip_loader(ClipDataset(DataConfig({str(shards)!r}, 20, 32, 32)), 0, 2, workers=2)
+next(batches)
+raise ValueError("the model stopped")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "ValueError: the model stopped"
+
+
 # --- Buckets ------------------------------------------------------------------------------------------------------
 
 SHAPES = {(9, 16, 16): 7, (5, 16, 24): 4, (1, 32, 32): 3}

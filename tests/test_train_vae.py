@@ -26,6 +26,7 @@ from stgen.config import load_config
 from stgen.data.color import to_pixels
 from stgen.data.moving_mnist import write_moving_mnist
 from stgen.data.reading import ClipDataset, DataConfig
+from stgen.export import export_checkpoint
 from stgen.masks import MaskSpec
 from stgen.models.latents import encode
 from stgen.models.perceptual import PerceptualDistance
@@ -146,6 +147,19 @@ def test_initial_weights_of_a_folder(tmp_path: Path) -> None:
         begin("/nowhere")
 
 
+def test_a_frozen_encoder_keeps_its_latents_and_their_statistics(tmp_path: Path) -> None:
+    saved = tiny_vae()
+    saved.save_pretrained(tmp_path)
+    model = {name: value for name, value in saved.config.items() if not name.startswith(("_", "latents_"))}
+    vae = make_vae(TrainVAEConfig(model=model, init=str(tmp_path), frozen=["encoder.*"]))
+    assert {name.split(".")[0] for name, p in vae.named_parameters() if p.requires_grad} == {"decoder"}
+    assert (vae.config.latents_mean, vae.config.latents_std) == (saved.config.latents_mean, saved.config.latents_std)
+    part = make_vae(TrainVAEConfig(model=model, init=str(tmp_path), frozen=["encoder.conv_in.*"]))
+    assert part.config.latents_mean is None, "measured anew"
+    with pytest.raises(ValueError, match=r"frozen is 'encode\.\*', allowed: a pattern of some"):
+        make_vae(TrainVAEConfig(model=model, frozen=["encode.*"]))
+
+
 @dataclass
 class Ranks:
     """What `measure_latents` asks of an Accelerator."""
@@ -208,7 +222,7 @@ def test_a_channel_that_never_changes_is_not_scaled() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("reconstruction=l2", "reconstruction is 'l2', allowed: l1 or mse or charbonnier"),
+        ("reconstruction=l2", "reconstruction is 'l2', allowed: l1 or mse or clipped_mse or charbonnier"),
         ("window=[9,3]", "window is [9, 3], allowed: a number of frames"),
         ("window=0", "window is 0, allowed"),
         ("window=2.5", "window is 2.5, allowed"),
@@ -404,3 +418,23 @@ def test_a_run_begins_with_the_weights_of_another(world: Path, reference: Path) 
     given, export = (load_file(f / "export/diffusion_pytorch_model.safetensors") for f in (reference, world / "begun"))
     for name, weight in given.items():
         torch.testing.assert_close(export[name], weight, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_decoder_trains_alone(world: Path, reference: Path) -> None:
+    """Pipelines on the VAE's latents go on with it; and what `stgen export` makes of the checkpoint is the run's own."""
+    alone = ["samples=8", "reconstruction=clipped_mse", f"init={reference}/export", "frozen=['encoder.*']"]
+    succeed("train_vae", "cpu", *arguments(world, "decoder", *alone))
+    given, found = (AutoencoderKLSTGen.from_pretrained(run / "export") for run in (reference, world / "decoder"))
+    weights, changed = given.state_dict(), found.state_dict()
+    assert {name for name in weights if torch.equal(weights[name], changed[name])} == set(
+        name for name in weights if name.startswith("encoder.")
+    )
+    assert (found.config.latents_mean, found.config.latents_std) == (
+        given.config.latents_mean,
+        given.config.latents_std,
+    )
+    export_checkpoint(world / "decoder", world / "decoder_again")
+    again = AutoencoderKLSTGen.from_pretrained(world / "decoder_again")
+    assert_equal(dict(again.state_dict()), dict(changed))
+    assert again.config.latents_mean == given.config.latents_mean

@@ -29,6 +29,7 @@ from stgen.vae_objective import (
     VAEObjective,
     adaptive_weight,
     charbonnier,
+    clipped_mse,
     discriminator_hinge,
     kl_divergence,
     palindrome,
@@ -51,6 +52,15 @@ def test_charbonnier_and_kl_by_hand() -> None:
     mean[0, 1, 0, 0, 0], logvar[0, 0, 0, 0, 1] = 3.0, np.log(4.0)
     # Two cells: (3^2) / 2 in one, (4 - 1 - log 4) / 2 in the other.
     assert kl_divergence(mean, logvar).item() == pytest.approx((4.5 + 0.5 * (3 - np.log(4))) / 2, rel=1e-6)
+
+
+def test_clipped_mse_asks_for_nothing_beyond_the_range() -> None:
+    target = torch.tensor([-1.0, -1.0, 1.0, 1.0, -0.5, 0.5])
+    reached = torch.tensor([-3.0, -0.6, 1.5, 0.9, -3.0, 2.0], requires_grad=True)
+    loss = clipped_mse(reached, target)
+    assert loss.item() == pytest.approx((0.4**2 + 0.1**2 + 2.5**2 + 1.5**2) / 6)
+    loss.backward()
+    assert (reached.grad == 0).tolist() == [True, False, True, False, False, False], "where it matters it still pulls"
 
 
 @given(st.integers(1, 6))

@@ -17,10 +17,12 @@ In the place of a damaged clip stands the next one of its bucket's epoch that is
 position) and the shards, so nothing of the above changes: not with the ranks, the workers, or where a run was resumed.
 """
 
+import atexit
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import signal
 import warnings
 from collections import Counter
@@ -672,3 +674,13 @@ def _leave_signals(worker: int) -> None:
     """Who preempts a run signals all of its processes; loader workers serve on until the training process has saved."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At its exit multiprocessing sends daemons SIGTERM and waits for them; workers, who leave that signal alone, would
+    keep a process that an error ends with its loader open waiting for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's own makes an error of the end of a worker
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
