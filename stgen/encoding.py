@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers.utils import cached_file
@@ -80,21 +81,30 @@ _DRAWS = 256
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "merges.txt")
+_DECODER = ("decoder.", "post_quant_conv.")
 _VOLATILE = ("_name_or_path", "_diffusers_version", "transformers_version")
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a saved model: configuration, weights and, of a text encoder, tokenizer; not of who saved it when."""
+    """SHA-256 of a saved model: configuration, weights but a decoder's, which encode nothing, and, of a text encoder,
+    tokenizer; not of who saved it when."""
     digest = hashlib.sha256()
     for path in sorted(Path(find_pretrained(folder)).iterdir()):
         if path.name == "config.json":
             config = {name: value for name, value in json.loads(path.read_text()).items() if name not in _VOLATILE}
             digest.update(json.dumps(config, sort_keys=True).encode())
-        elif path.suffix == ".safetensors" or path.name in _TOKENIZER_FILES:
+        elif path.suffix == ".safetensors":
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+            with safe_open(path, "pt") as weights:
+                for name in sorted(weights.keys()):
+                    if name.startswith(_DECODER):
+                        continue
+                    tensor = weights.get_tensor(name)
+                    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif path.name in _TOKENIZER_FILES:
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

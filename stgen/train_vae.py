@@ -71,7 +71,7 @@ class TrainVAEConfig(LoopConfig):
     says `temporal_downsample` alone."""
     frozen: list[str] = field(default_factory=list)
     """Parameters that do not train, by patterns of their names as a shell has them. With `["encoder.*"]` what was trained on
-    the latents of `init` goes on with the new decoder: they stay as they were, and so do their mean and standard deviation."""
+    the latents of `init`, or stores them, goes on with the new decoder: they and their mean and deviation stay as they were."""
     gradient_checkpointing: bool = False
     """Trades compute for memory: activations are computed again in the backward pass."""
     window: Any = None

@@ -427,9 +427,9 @@ def test_a_decoder_trains_alone(world: Path, reference: Path) -> None:
     succeed("train_vae", "cpu", *arguments(world, "decoder", *alone))
     given, found = (AutoencoderKLSTGen.from_pretrained(run / "export") for run in (reference, world / "decoder"))
     weights, changed = given.state_dict(), found.state_dict()
-    assert {name for name in weights if torch.equal(weights[name], changed[name])} == set(
+    assert {name for name in weights if torch.equal(weights[name], changed[name])} == {
         name for name in weights if name.startswith("encoder.")
-    )
+    }
     assert (found.config.latents_mean, found.config.latents_std) == (
         given.config.latents_mean,
         given.config.latents_std,
