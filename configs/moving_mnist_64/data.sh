@@ -2,7 +2,8 @@
 EXTRAS=demo CLIPS=${CLIPS:-20000} HELDOUT=${HELDOUT:-256}
 write_clips() { stgen data moving-mnist --size 64 --digits 2 "$@"; }
 # Latents and text states are computed once, by a text encoder small enough to ship. Images and short clips teach what digits
-# look like and how they move at a sixth to a third of the cost of whole clips, single digits what the words mean.
+# look like and how they move at a sixth to a third of the cost of whole clips; single digits what the words mean, and, as whole
+# clips among those of two, how a digit goes on.
 encode() {
     stgen data encode --data "$run/data/$1" --vae "$run/vae/export" --text-encoder "$run/text" --max-text-length 64 \
         --batch-size 32 --out "$run/data/$2"
@@ -13,13 +14,16 @@ encode_clips() {
     write_clips --out "$run/data/images" --clips $((2 * CLIPS)) --num-frames 1 --seed 1
     write_clips --out "$run/data/short" --clips "$CLIPS" --num-frames 5 --seed 2
     write_clips --out "$run/data/single" --clips $((2 * CLIPS)) --num-frames 5 --seed 5 --digits 1
-    for part in images short single; do encode "$part" "encoded_$part"; done
+    write_clips --out "$run/data/mixed/two" --clips "$CLIPS" --seed 8
+    write_clips --out "$run/data/mixed/one" --clips "$CLIPS" --seed 9 --digits 1
+    stgen data index --shards "$run/data/mixed"
+    for part in images short single mixed; do encode "$part" "encoded_$part"; done
 }
 # Clips of each stage but the last, which has those that are left of `samples`.
-read -r images short whole single <<< "${STAGES:-24000 12000 10808 8000}"
+read -r images short single mixed <<< "${STAGES:-24000 12000 8000 10000}"
 told='"text_dropout":0.1,"masks":[{"kind":"generate_all"}]'
 stages="{\"samples\":$images,\"batch_size\":8,\"data\":{\"path\":\"$run/data/encoded_images\",\"num_frames\":1},$told}"
 stages="$stages,{\"samples\":$short,\"data\":{\"path\":\"$run/data/encoded_short\",\"num_frames\":5},$told}"
-stages="$stages,{\"samples\":$whole}"
 stages="$stages,{\"samples\":$single,\"data\":{\"path\":\"$run/data/encoded_single\",\"num_frames\":5},$told}"
+stages="$stages,{\"samples\":$mixed,\"data\":{\"path\":\"$run/data/encoded_mixed\"}}"
 TRANSFORMER="data.path=$run/data/encoded text_encoder=$run/text max_text_length=64 stages=[$stages,{}] ${TRANSFORMER:-}"
