@@ -1,6 +1,7 @@
 """Late conversion to RGB: as libswscale has it, whatever the encoding, and the same to the bit in any batch."""
 
 import io
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def encoded(
     frames: np.ndarray, pixels: str, space: Colorspace | None, levels: ColorRange, codec: str = "libx264"
 ) -> bytes:
     """A file that says these things of its colours, whatever they look like then."""
+    policy = os.sched_getscheduler(0)
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as container:
         stream = container.add_stream(codec, rate=Fraction(8), options={"crf": "17"} if codec == "libx264" else {})
@@ -40,6 +42,8 @@ def encoded(
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+    # SVT-AV1 gives who calls it real-time priority, where he may have it, and so all processes that he starts afterwards.
+    os.sched_setscheduler(0, policy, os.sched_param(0))
     return buffer.getvalue()
 
 
