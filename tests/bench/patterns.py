@@ -103,10 +103,10 @@ class World:
         self.arguments = arguments
         config = self.config(PATTERNS[0], 0)
         self.vae = load_vae(config.vae).requires_grad_(False)
-        data = ClipDataset(config.data)
+        data, captions = open_stage(config, self.vae, check=False)
         self.fps = float(data.rows[0]["fps"])
         cache = arguments.out / "text.safetensors"
-        TextCache.build(cache, config.text_encoder, ["", *data.captions()], config.max_text_length)
+        TextCache.build(cache, config.text_encoder, ["", *captions], config.max_text_length)
         self.text = TextCache(cache)
         held_config = self.config(PATTERNS[0], 1234)
         held_config.data.path = str(arguments.heldout)
