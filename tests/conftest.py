@@ -90,6 +90,7 @@ LONG = (*RAY, "test_training", "test_natural", "test_distributed", "test_transfo
 """Files that take longest and therefore go first."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For pytest-xdist's `--dist loadgroup`: a worker takes a whole file, whose tests share what was made once."""
     for item in items:
