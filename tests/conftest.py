@@ -84,20 +84,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", type=float, metavar="MINUTES", help="kill and rerun for so long (test_chaos.py)")
 
 
-RAY = ("test_batch", "test_encoding", "test_launch")
-"""Files that start a Ray of their own: not two at a time."""
-LONG = (*RAY, "test_training", "test_natural", "test_distributed", "test_transformer")
-"""Files that take longest and therefore go first."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest-xdist's `--dist loadgroup`: a worker takes a whole file, whose tests share what was made once."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.path.stem in RAY else item.path.stem))
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
-
-
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved STGenPipeline: 9 frames of 16x16 pixels by default. Read only."""
