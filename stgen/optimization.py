@@ -157,13 +157,57 @@ def muon_matrices(model: torch.nn.Module) -> dict[str, Tensor]:
     }
 
 
+def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Newton-Schulz iteration of Muon: X <- a X + (b A + c A^2) X with A = X X^T, from X = G / |G|.
+
+    Args:
+        matrix: G, `r c`.
+        coefficients: a, b, c.
+
+    Returns:
+        `r c`, whose singular values are near 1 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """
+    wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+    x = wide / wide.norm().clamp(min=1e-7)
+    a, b, c = coefficients
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide is matrix else x.T
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, whose iteration in bfloat16 stays in float32 on a CPU.
+
+    A CPU without instructions for bfloat16 emulates it: the training step of a small model then takes four times as long.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if torch.cuda.is_available():
+            super().step()
+            return
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight.grad)
+                momentum = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(momentum, group["momentum"])  # Nesterov's
+                update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"])
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+
+
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon for some parameter groups and AdamW for the others, as one optimizer with one state."""
+    """Muon for some parameter groups and AdamW for the others, as one optimizer with one state."""
 
     def __init__(self, muon_groups: Groups, adamw_groups: Groups, lr: float, beta2: float) -> None:
         self.parts = (
             # match_rms_adamw: a step of 0.2 sqrt(max(rows, columns)) lr, whose root mean square is that of AdamW's steps.
-            torch.optim.Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw"),
+            Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(adamw_groups, lr=lr, betas=(0.9, beta2)),
         )
         super().__init__([group for part in self.parts for group in part.param_groups], {})

@@ -23,6 +23,7 @@ from stgen.checkpoint import checkpoints
 from stgen.optimization import (
     OPTIMIZERS,
     FiniteSteps,
+    Muon,
     OptimizerConfig,
     all_or_nothing,
     describe_optimizer,
@@ -154,6 +155,26 @@ def test_muon_steps_are_orthogonal_and_of_the_size_of_adamw() -> None:
     optimizer.step()
     values = torch.linalg.svdvals(weight.detach() - before) / (0.2 * math.sqrt(72))  # its longer side
     assert 0.5 < values.min() < values.max() < 1.3, "Newton-Schulz brings all singular values near 1"
+
+
+def test_muon_in_float32_is_that_of_torch() -> None:
+    """But for what torch's rounding to bfloat16 adds; momentum and decay included."""
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((8, 24), (24, 8), (16, 16))]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizers = [
+        kind([{"params": weights, "weight_decay": 0.1}], lr=0.1, adjust_lr_fn="match_rms_adamw")
+        for kind, weights in ((Muon, ours), (torch.optim.Muon, theirs))
+    ]
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = other.grad = torch.randn(mine.shape)
+        for optimizer in optimizers:
+            optimizer.step()
+    for mine, other, before in zip(ours, theirs, start, strict=True):
+        moved = (mine - before).norm()
+        assert moved > 0.1
+        assert (mine - other).norm() < 0.02 * moved
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
