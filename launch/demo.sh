@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 config=${CONFIG:-moving_mnist_32}
 run=${RUN:-runs/demo}
 # encode_clips, if there, stores latents before the transformer is trained.
-# EXTRAS, CLIPS, HELDOUT, write_clips, and VAE, TRANSFORMER, EVALUATE, SHIPPED, RECONSTRUCT: further arguments of each step
+# EXTRAS, CLIPS, HELDOUT, write_clips, and VAE, TRANSFORMER, FURTHER, EVALUATE, SHIPPED, RECONSTRUCT: further arguments of each step
 source "configs/$config/data.sh"
 source launch/setup.sh "$EXTRAS"
 begin=$SECONDS
@@ -33,13 +33,20 @@ echo "== 3/5 the transformer"
 ! declare -F encode_clips > /dev/null || encode_clips
 "${launch[@]}" stgen/train.py --config "$transformer" run="$run/transformer" \
     vae="$run/vae/export" data.path="$run/data/train" ${TRANSFORMER:-}
+trained=$run/transformer/export
+# A second run that goes on from the first with another objective, where the configuration has one.
+further=configs/$config/few_steps.yaml
+if [ -f "$further" ]; then
+    "${launch[@]}" stgen/train.py --config "$further" run="$run/few_steps" init="$trained" vae="$run/vae/export" ${FURTHER:-}
+    trained=$run/few_steps/export
+fi
 echo "== trained in $(((SECONDS - begin) / 60)) min $(((SECONDS - begin) % 60)) s"
 echo "== 4/5 evaluation on held-out clips"
-stgen evaluate --pipeline "$run/transformer/export" --data "$run/data/heldout" --out "$run/report" --steps 10 ${EVALUATE:-}
+stgen evaluate --pipeline "$trained" --data "$run/data/heldout" --out "$run/report" --steps 10 ${EVALUATE:-}
 echo "== 5/5 the model that comes with stgen, on held-out clips of its own kind: two digits at 64x64"
 stgen data moving-mnist --out "$run/data/shipped" --clips 32 --split heldout
 stgen evaluate --pipeline moving_mnist_64 --data "$run/data/shipped" --out "$run/report_shipped" \
-    --clips 32 --samples 1 --steps 3 ${SHIPPED:-} > /dev/null
+    --clips 32 --samples 1 --steps 3 --text-steps 20 ${SHIPPED:-} > /dev/null
 echo "== from scratch in minutes, and shipped: each beside the best naive baseline of its own clips"
 stgen compare scratch="$run/report" shipped="$run/report_shipped"
 echo "== done in $(((SECONDS - begin) / 60)) min: look at contact_sheet.png and report.md in $run/report and $run/report_shipped"

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,14 +159,27 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_whole_evaluation(
-    tiny_pipeline: STGenPipeline, tiny_pipeline_folder: Path, heldout: Path, tmp_path: Path
+    tiny_pipeline: STGenPipeline,
+    tiny_pipeline_folder: Path,
+    heldout: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A random model beside a regression, in every table that the report has."""
     tiny_pipeline.scheduler = make_scheduler(FlowConfig(objective="regression"))
     tiny_pipeline.save_pretrained(tmp_path / "regression")
     beside = [f"regression:prediction={tmp_path / 'regression'}"]
-    settings = {"clips": 2, "samples": 2, "steps": 2, "batch": 1, "text_samples": 2, "beside": beside}
+    settings = {"clips": 2, "samples": 2, "steps": 2, "batch": 1, "text_samples": 2, "text_steps": 3, "beside": beside}
+    steps, call = [], STGenPipeline.__call__
+
+    def counted(self: STGenPipeline, *arguments: Any, **named: Any) -> Any:
+        steps.append(named["num_inference_steps"])
+        return call(self, *arguments, **named)
+
+    monkeypatch.setattr(STGenPipeline, "__call__", counted)
     result = evaluate(str(tiny_pipeline_folder), str(heldout), str(tmp_path / "report"), **settings)
+    # Two clips in each protocol, those of the prediction by the regression too, whose answer takes one step; then the text.
+    assert steps == [2, 1, 2, 1] + 4 * [2] + 2 * [3]
     assert list(result.scores) == list(PROTOCOLS)
     for name, protocol in result.protocols.items():
         ours = ["stgen, one sample", "stgen, best of 2 samples", "stgen, mean of 2 samples"]

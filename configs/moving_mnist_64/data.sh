@@ -27,3 +27,4 @@ stages="$stages,{\"samples\":$short,\"data\":{\"path\":\"$run/data/encoded_short
 stages="$stages,{\"samples\":$single,\"data\":{\"path\":\"$run/data/encoded_single\",\"num_frames\":5},$told}"
 stages="$stages,{\"samples\":$mixed,\"data\":{\"path\":\"$run/data/encoded_mixed\"}}"
 TRANSFORMER="data.path=$run/data/encoded text_encoder=$run/text max_text_length=64 stages=[$stages,{}] ${TRANSFORMER:-}"
+FURTHER="data.path=$run/data/encoded text_encoder=$run/text max_text_length=64 ${FURTHER:-}"
