@@ -210,10 +210,27 @@ def read_encoding(source: Source, rows: Index) -> Encoding | None:
     try:
         return Encoding(**json.loads(source.read(ENCODING, 0, 2**16)))
     except FileNotFoundError as error:
-        lacking = "the one that `stgen data encode` writes beside the shards, or use_encoded=false"
-        raise ValueError(f"{ENCODING} of data {source.url} is missing, allowed: {lacking}") from error
+        raise ValueError(_is_missing(ENCODING, source)) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{ENCODING} of data {source.url} is corrupt: {error}") from error
+
+
+def fetch_empty_prompt(source: Source, path: Path) -> None:
+    """Copies the `TextCache` of the empty prompt that was stored with the clips of a data folder.
+
+    Raises:
+        ValueError: there is none.
+        SourceError: the source fails.
+    """
+    try:
+        source.fetch(EMPTY_PROMPT, path)
+    except FileNotFoundError as error:
+        raise ValueError(_is_missing(EMPTY_PROMPT, source)) from error
+
+
+def _is_missing(name: str, source: Source) -> str:
+    allowed = "the one that `stgen data encode` writes beside the shards, or use_encoded=false"
+    return f"{name} of data {source.url} is missing, allowed: {allowed}"
 
 
 def find_stored(

@@ -24,7 +24,7 @@ from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
 from stgen.data.color import to_pixels
 from stgen.data.reading import ClipDataset, fold_seed
-from stgen.encoding import EMPTY_PROMPT, draw_mask, find_stored, read_encoding
+from stgen.encoding import draw_mask, fetch_empty_prompt, find_stored, read_encoding
 from stgen.finetuning import (
     LoRAConfig,
     add_lora,
@@ -346,7 +346,7 @@ def _train(config: TrainConfig, configs: list[TrainConfig], accelerator: Acceler
         stored = opened[0][0].stored
         if set(prompts) == {""} and stored is not None and stored.text_dim is not None:  # the others lie with the clips
             cache.parent.mkdir(parents=True, exist_ok=True)
-            opened[0][0].source.fetch(EMPTY_PROMPT, cache)
+            fetch_empty_prompt(opened[0][0].source, cache)
         else:
             TextCache.build(cache, config.text_encoder, prompts, config.max_text_length)
     accelerator.wait_for_everyone()

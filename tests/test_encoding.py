@@ -388,11 +388,11 @@ def test_training_refuses_folders_that_are_not_whole(
     (half / "index.jsonl").unlink()
     assert "half is half encoded: the same `stgen data encode` again goes on" in refusal(capsys, trained(world, half))
 
-    nameless = shutil.copytree(world / "float16", tmp_path / "nameless")
-    (nameless / "encode.json").unlink()
-    assert "nameless is missing, allowed: the one that `stgen data encode` writes" in refusal(
-        capsys, trained(world, nameless)
-    )
+    for name in ("encode.json", EMPTY_PROMPT):
+        lacking = shutil.copytree(world / "float16", tmp_path / f"without_{name}")
+        (lacking / name).unlink()
+        said = f"{name} of data {lacking} is missing, allowed: the one that `stgen data encode` writes"
+        assert said in refusal(capsys, trained(world, lacking))
 
     # Shards of both kinds in one folder.
     mixed = shutil.copytree(world / "float16", tmp_path / "mixed")
