@@ -58,14 +58,14 @@ def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
 def encode_text(
     tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts: Sequence[str], max_length: int = 128
 ) -> tuple[Tensor, Tensor]:
-    """States `b n d` and mask bool `b n` (true = token), padded to the longest prompt. A prompt that is cut is named."""
+    """States `b n d` and mask bool `b n` (true = token), padded to the longest prompt. A prompt that is cut, to `max_length`
+    tokens or to the positions that the encoder has, is named."""
+    max_length = min(max_length, getattr(encoder.config, "max_position_embeddings", max_length))
     tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > max_length:
-            logger.warning(
-                f"a prompt of {length} tokens is cut to max_sequence_length={max_length}: {prompt[:80]!r}..."
-            )
+            logger.warning(f"a prompt of {length} tokens is cut to the first {max_length}: {prompt[:80]!r}...")
     tokens = tokens.to(encoder.device)
     states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     mask = tokens.attention_mask.bool().to(states.device)  # under CPU offload the encoder has moved meanwhile

@@ -34,6 +34,16 @@ def test_it_is_small_and_spells_words_that_it_does_not_know(small: Path) -> None
     assert tokenizer.tokenize("a Zebra moving!") == ["a", "z", "##e", "##b", "##r", "##a", "moving", "!"]
 
 
+def test_a_prompt_longer_than_the_positions_is_cut_with_a_warning(
+    small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Words that are spelled are long; max_length is of the caller, who may not know the encoder."""
+    states, mask = encode_text(*load_text_encoder(str(small)), ["zebra " * 30], max_length=128)
+    assert states.shape == (1, 64, 384)
+    assert mask.all()
+    assert "a prompt of 152 tokens is cut to the first 64: 'zebra zebra" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
