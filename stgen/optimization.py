@@ -184,7 +184,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        if torch.cuda.is_available():
+        if self.param_groups[0]["params"][0].is_cuda:
             super().step()
             return
         for group in self.param_groups:
@@ -205,11 +205,10 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for some parameter groups and AdamW for the others, as one optimizer with one state."""
 
     def __init__(self, muon_groups: Groups, adamw_groups: Groups, lr: float, beta2: float) -> None:
-        self.parts = (
-            # match_rms_adamw: a step of 0.2 sqrt(max(rows, columns)) lr, whose root mean square is that of AdamW's steps.
-            Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(adamw_groups, lr=lr, betas=(0.9, beta2)),
-        )
+        # match_rms_adamw: a step of 0.2 sqrt(max(rows, columns)) lr, whose root mean square is that of AdamW's steps.
+        self.parts: list[torch.optim.Optimizer] = [Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw")]
+        if adamw_groups:  # none where only matrices train, as with LoRA
+            self.parts.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=(0.9, beta2)))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 
@@ -220,7 +219,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _share(self) -> None:
         """Each part works on its groups and on the state of this one."""
         first = len(self.parts[0].param_groups)
-        for part, groups in zip(self.parts, (self.param_groups[:first], self.param_groups[first:]), strict=True):
+        for part, groups in zip(self.parts, (self.param_groups[:first], self.param_groups[first:]), strict=False):
             part.param_groups, part.state = groups, self.state
 
     @torch.no_grad()

@@ -284,7 +284,7 @@ def poisoned(training_world: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stgen.train, "denoising_losses", stgen.train.denoising_losses)
         poison({2, 4})
-        return run, run_training(training_world, run)
+        return run, run_training(training_world, run, "checkpoint_every=1", "keep_checkpoints=6")
 
 
 @pytest.mark.slow
@@ -296,7 +296,12 @@ def test_a_run_skips_counts_and_goes_on(
     assert [row["loss"] is None for row in rows] == [False, True, False, True, False, False]
     clean = losses_of(run_training(training_world, tmp_path / "clean"))
     assert losses_of(rows)[4] == clean[4]
-    # The averages of the checkpoint of step 4 are those of step 3's weights: step 4 did not reach them.
+    # The weights of step 3 are averaged once: step 4 did not reach the averages.
+    three, four, five = (
+        (run / "checkpoints" / f"step-{step}" / "averages" / "exponential.safetensors").read_bytes()
+        for step in (3, 4, 5)
+    )
+    assert three == four != five
     weights = STGenPipeline.from_pretrained(run / "export").transformer.state_dict()
     assert all(weight.isfinite().all() for weight in weights.values())
 
@@ -345,6 +350,15 @@ def test_a_loss_that_is_not_finite_on_one_process_is_no_step_on_any(
     exports = [load_file(f / "export/transformer/diffusion_pytorch_model.safetensors") for f in (run, poisoned[0])]
     for name, weight in exports[1].items():
         torch.testing.assert_close(exports[0][name], weight, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_muon_trains_matrices_alone(training_world: Path, tmp_path: Path) -> None:
+    """LoRA's are all in the blocks, so nothing is left for AdamW."""
+    rows = run_training(
+        training_world, tmp_path / "run", f"init={training_world}/base", "lora={rank: 2}", "optimizer.name=muon"
+    )
+    assert len(losses_of(rows)) == 6
 
 
 @pytest.mark.slow
