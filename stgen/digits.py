@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -401,9 +401,8 @@ def score_captions(tracks: Sequence[Sequence[Track]], captions: Sequence[str]) -
             )
         )
         turns = [[_turn(x.direction, direction) <= 1 for _, direction in asked] for x in read]
-        near = max(
-            sum(row[i] for row, i in zip(turns, order, strict=False)) for order in permutations(range(len(asked)))
-        )
+        within = np.array(turns).reshape(len(read), len(asked))
+        near = within[linear_sum_assignment(within, maximize=True)].sum()
         rows.append((labels, directions, near, both, len(read), len(asked)))
         kept += [track.labels_kept() for track in read]
     *counts, asked_for = np.array(rows, float).T

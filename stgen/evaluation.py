@@ -10,6 +10,7 @@ Shapes: n clips, k samples a clip; clips uint8 or float in [0, 1] `n t h w c`, m
 """
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -375,7 +376,8 @@ def parse_beside(beside: Sequence[str]) -> list[tuple[str, list[str], str]]:
         chosen = protocols.split(",") if protocols else list(PROTOCOLS)
         for protocol in chosen:
             require(protocol in PROTOCOLS, f"protocol of beside {name}", protocol, ", ".join(PROTOCOLS))
-        fresh = name not in [other for other, *_ in parsed] and not name.startswith("stgen") and name not in BASELINES
+        taken = [*BASELINES, CEILING, *(other for other, *_ in parsed)]
+        fresh = name not in taken and not name.startswith("stgen")
         require(fresh, "name of beside", name, "a name that no other row has")
         parsed.append((name, chosen, folder))
     return parsed
@@ -424,6 +426,7 @@ def evaluate(
     }
     for label, value in counts.items():
         require(value >= 1, label, value, "1 or more")
+    require(0 <= guidance_scale < math.inf, "guidance_scale", guidance_scale, "0 or more")
     shape: Shape = rows.only_shape(data)
     others = parse_beside(beside)
     dataset = ClipDataset(DataConfig(data, *shape), shuffle=False)
@@ -654,15 +657,15 @@ def compare_reports(reports: Mapping[str, str | Path]) -> str:
         reports: folders that `evaluate` wrote, by the names of their columns.
 
     Raises:
-        ValueError: a folder has no report.json.
+        ValueError: a folder has no report.json, or that of another command.
     """
     columns = {}
     for name, folder in reports.items():
         try:
             columns[name] = _one_sample(json.loads((Path(folder) / "report.json").read_text()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"report {name} is {str(folder)!r}, allowed: a folder of stgen evaluate: {error}"
+                f"report {name} is {str(folder)!r}, allowed: a folder of stgen evaluate: {error!r}"
             ) from error
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for label in next(iter(columns.values())):

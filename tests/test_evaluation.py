@@ -144,6 +144,7 @@ def test_pipelines_beside() -> None:
         ("a:text=x", "protocol of beside a is 'text'"),
         ("all black=x", "name of beside is 'all black'"),
         ("stgen, one sample=x", "name of beside"),
+        (f"{CEILING}=x", "name of beside"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_beside([text])
@@ -214,6 +215,10 @@ def test_a_whole_evaluation(
     assert rows["| text-to-video, digits of the caption"][0] == f"{reading['stgen, 2 of each caption'].digits:.1%}"
     with pytest.raises(ValueError, match="report three is 'nowhere', allowed: a folder of stgen evaluate"):
         compare_reports({"three": "nowhere"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "report.json").write_text('{"scores": {"all": {}}}')  # as stgen reconstruct writes
+    with pytest.raises(ValueError, match="report four is .*/other', allowed: a folder of stgen evaluate"):
+        compare_reports({"four": tmp_path / "other"})
     pictures = ("contact_sheet", "per_frame", "text-to-video", *PROTOCOLS)
     assert all((tmp_path / "report" / f"{name}.png").stat().st_size > 0 for name in pictures)
 
@@ -255,6 +260,7 @@ def test_clips_of_several_shapes_are_refused(training_world: Path, tmp_path: Pat
         (["--device", "cuda:99"], "device is 'cuda:99', allowed: cpu, or cuda with a GPU"),
         (["--device", "gpu"], "device is 'gpu', allowed: cpu, or cuda"),
         (["--clips", "0"], "clips is 0, allowed: 1 to 2"),
+        (["--guidance-scale", "-1"], "guidance_scale is -1.0, allowed: 0 or more"),
         (["--out", "{file}"], "File exists: "),
     ],
 )
