@@ -267,6 +267,7 @@ def generate(
     guidance_scale: Annotated[Optional[float], typer.Option()] = None,
     seed: Annotated[int, typer.Option()] = 0,
     fps: Annotated[float, typer.Option(help="frames/s of the mp4")] = 10,
+    device: Annotated[str, typer.Option(help="cpu or cuda", callback=check_device)] = "cpu",
 ) -> None:
     """Generates one video."""
     from stgen import STGenPipeline
@@ -290,7 +291,8 @@ def generate(
         seed=seed,
         fps=fps,
     )
-    write_video(out, generate_request(STGenPipeline.from_pretrained(saved_pipeline(pipeline)), request), fps)
+    loaded = STGenPipeline.from_pretrained(saved_pipeline(pipeline)).to(device)
+    write_video(out, generate_request(loaded, request), fps)
     print(out)
 
 
