@@ -1,9 +1,11 @@
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from stgen.config import load_config, save_config
-from stgen.train import TrainConfig
+from stgen.train import TrainConfig, resolve_stages
 from stgen.train_vae import TrainVAEConfig
 
 REPOSITORY = Path(__file__).parent.parent
@@ -17,6 +19,23 @@ def test_shipped_configurations_load_and_survive_saving(name: str, schema: type,
     assert config.data.workers == 3
     save_config(config, tmp_path / "config.yaml")
     assert load_config(schema, tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(("file", "variable"), [("transformer", "TRANSFORMER"), ("few_steps", "FURTHER")])
+def test_the_recipe_of_the_shipped_model_has_the_stages_it_says(file: str, variable: str) -> None:
+    """data.sh counts the clips of stages, the YAML files those of runs."""
+    told = subprocess.run(
+        ["bash", "-euc", f'run=runs/two_digits; source configs/moving_mnist_64/data.sh; printf %s "${variable}"'],
+        cwd=REPOSITORY,
+        env={name: value for name, value in os.environ.items() if name not in ("STAGES", variable)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    config = load_config(TrainConfig, REPOSITORY / "configs" / "moving_mnist_64" / f"{file}.yaml", told.split())
+    stages = resolve_stages(config)
+    assert len(stages) > 1
+    assert stages[-1].samples == config.samples
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ encode() {
         --batch-size 32 --out "$run/data/$2"
 }
 encode_clips() {
-    [ -d "$run/text" ] || stgen shrink-text-encoder --data "$run/data/train" --out "$run/text"
+    # Whole or not at all, since a folder that is there is not made again.
+    [ -d "$run/text" ] || { stgen shrink-text-encoder --data "$run/data/train" --out "$run/text.tmp" && mv "$run/text.tmp" "$run/text"; }
     encode train encoded
     write_clips --out "$run/data/images" --clips $((2 * CLIPS)) --num-frames 1 --seed 1
     write_clips --out "$run/data/short" --clips "$CLIPS" --num-frames 5 --seed 2
@@ -19,12 +20,13 @@ encode_clips() {
     stgen data index --shards "$run/data/mixed"
     for part in images short single mixed; do encode "$part" "encoded_$part"; done
 }
-# Clips of each stage but the last, which has those that are left of `samples`.
-read -r images short single mixed <<< "${STAGES:-24000 12000 8000 10000}"
+# Clips of each stage but the last, which has those that are left of `samples`; the last number is of few_steps.yaml.
+read -r images short single mixed captioned <<< "${STAGES:-24000 12000 8000 10000 84000}"
 told='"text_dropout":0.1,"masks":[{"kind":"generate_all"}]'
 stages="{\"samples\":$images,\"batch_size\":8,\"data\":{\"path\":\"$run/data/encoded_images\",\"num_frames\":1},$told}"
 stages="$stages,{\"samples\":$short,\"data\":{\"path\":\"$run/data/encoded_short\",\"num_frames\":5},$told}"
 stages="$stages,{\"samples\":$single,\"data\":{\"path\":\"$run/data/encoded_single\",\"num_frames\":5},$told}"
 stages="$stages,{\"samples\":$mixed,\"data\":{\"path\":\"$run/data/encoded_mixed\"}}"
 TRANSFORMER="data.path=$run/data/encoded text_encoder=$run/text max_text_length=64 stages=[$stages,{}] ${TRANSFORMER:-}"
-FURTHER="data.path=$run/data/encoded text_encoder=$run/text max_text_length=64 ${FURTHER:-}"
+stages="{\"samples\":$captioned,\"batch_size\":16,\"data\":{\"path\":\"$run/data/encoded_short\",\"num_frames\":5},$told}"
+FURTHER="data.path=$run/data/encoded text_encoder=$run/text max_text_length=64 stages=[$stages,{}] ${FURTHER:-}"
