@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
+from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,6 +76,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         )
         # Factor 1: sizes are padded inside the VAE, so the processor must not round them.
         self.video_processor = VideoProcessor(vae_scale_factor=1)
+        # One that normalises takes the whole video for normalised once any pixel, were it hidden, is below 0.
+        self._input_processor = VideoProcessor(vae_scale_factor=1, do_normalize=False)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
         self._current_timestep: Tensor | None = None
@@ -124,8 +128,10 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         if prompt_embeds is None:
             prompts = [prompt] if isinstance(prompt, str) else prompt
             assert prompts is not None
+            missing = "None, since there is no text encoder; prompt_embeds are taken"
+            require(self.text_encoder is not None, "prompt", prompt, missing)
             prompt_embeds, prompt_attention_mask = encode_text(
-                self.tokenizer, self.text_encoder, prompts, max_sequence_length
+                self.tokenizer, self.text_encoder, prompts, max_sequence_length, device
             )
         batch_size = prompt_embeds.shape[0]
         if do_classifier_free_guidance and negative_prompt_embeds is None:
@@ -134,12 +140,13 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             negative = negative_prompt or ""
             negatives = [negative] * batch_size if isinstance(negative, str) else negative
             negative_prompt_embeds, negative_prompt_attention_mask = encode_text(
-                self.tokenizer, self.text_encoder, negatives, max_sequence_length
+                self.tokenizer, self.text_encoder, negatives, max_sequence_length, device
             )
 
         def finish(embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask
-            embeds = embeds.to(device, self.transformer.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+            dtype = embeds.dtype if self.transformer is None else self.transformer.dtype
+            embeds = embeds.to(device, dtype).repeat_interleave(num_videos_per_prompt, dim=0)
             return embeds, mask.to(device).bool().repeat_interleave(num_videos_per_prompt, dim=0)
 
         prompt_embeds, prompt_attention_mask = finish(prompt_embeds, prompt_attention_mask)
@@ -217,9 +224,20 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         return prompts
 
     def prepare_video(self, video: Video, height: int | None, width: int | None) -> Tensor:
-        """A video or a batch of them, in any form, as `b c t h w` in [-1, 1], resized only if a size is asked for."""
-        prepared = self.video_processor.preprocess_video(video, height=height, width=width)
-        return prepared.to(self._execution_device, torch.float32)
+        """A video or a batch of them, in any form, as `b c t h w` in [-1, 1], resized only if another size is asked for:
+        bicubic and antialiased like the training clips, without leaving the range of the pixels."""
+        pixels = self._input_processor.preprocess_video(video).to(self._execution_device, torch.float32)
+        for name, value in (("height", height), ("width", width)):
+            require(value is None or value >= 1, name, value, "1 or more")
+        size = tuple(
+            own if asked is None else asked for asked, own in zip((height, width), pixels.shape[3:], strict=True)
+        )
+        if size != tuple(pixels.shape[3:]):
+            darkest, brightest = pixels.nan_to_num(0).aminmax()
+            frames = rearrange(pixels, "b c t h w -> (b t) c h w")
+            frames = F.interpolate(frames, size, mode="bicubic", antialias=True).clamp(darkest, brightest)
+            pixels = rearrange(frames, "(b t) c h w -> b c t h w", b=len(pixels))
+        return 2 * pixels - 1
 
     @staticmethod
     def as_frames(video: Tensor) -> Tensor:
@@ -234,7 +252,9 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
             return {"prompt": prompt, **arguments}
         return {"prompt": [""] * batch_size, "guidance_scale": 1.0, **arguments}
 
-    def prepare_mask(self, mask: Tensor | np.ndarray, shape: torch.Size, batch_size: int) -> Tensor:
+    def prepare_mask(
+        self, mask: Tensor | np.ndarray, shape: torch.Size, prompts: int, num_videos_per_prompt: int
+    ) -> Tensor:
         """A mask `[b] [1] t h w` of zeros and ones as `b 1 t h w`.
 
         Raises:
@@ -245,15 +265,14 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         fits = mask.ndim == 5 and mask.shape[1] == 1 and mask.shape[2:] == shape[2:] and mask.shape[0] in (1, shape[0])
         require(fits, "mask.shape", tuple(mask.shape), f"(b, 1, t, h, w) = {(shape[0], 1, *shape[2:])}")
         require(bool(((mask == 0) | (mask == 1)).all()), "mask", "other values", "only 1 (generate) and 0 (given)")
-        return self._repeat(mask, batch_size, "mask")
+        return self._repeat(mask, prompts, num_videos_per_prompt, "mask")
 
     @staticmethod
-    def _repeat(x: Tensor, batch_size: int, name: str) -> Tensor:
+    def _repeat(x: Tensor, prompts: int, num_videos_per_prompt: int, name: str) -> Tensor:
         """Repeats a batch of 1 or of the prompts to one of prompts times videos per prompt."""
-        require(
-            batch_size % len(x) == 0, name, f"a batch of {len(x)}", f"one, or one for each prompt ({batch_size} in all)"
-        )
-        return x.repeat_interleave(batch_size // len(x), dim=0)
+        allowed = f"one, or one for each prompt ({prompts} in all)"
+        require(len(x) in (1, prompts), name, f"a batch of {len(x)}", allowed)
+        return x.repeat_interleave(prompts * num_videos_per_prompt // len(x), dim=0)
 
     def prepare_latents(
         self,
@@ -306,7 +325,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         Args:
             prompt: what to generate; the empty prompt is allowed.
             negative_prompt: what to guide away from; the empty prompt by default.
-            video: where pixels are given: one video, or one for each prompt. Its hidden pixels are never looked at.
+            video: where pixels are given: one video, or one for each prompt. Its hidden pixels are never looked at,
+                unless it is resized.
             mask: which pixels of `video` to generate: `[b] [1] t h w`, 1 = generate, 0 = given. The given pixels come
                 back exactly.
             height, width: of a frame in pixels; any size. By default that of `video`, else that of the training clips.
@@ -368,8 +388,8 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         if pixels is not None and mask is not None:
             fits = num_frames is None or num_frames == pixels.shape[2]
             require(fits, "num_frames", num_frames, f"{pixels.shape[2]}, the frames of video")
-            pixel_mask: Tensor | None = self.prepare_mask(mask, pixels.shape, b)
-            pixels = self._repeat(pixels, b, "video")
+            pixel_mask: Tensor | None = self.prepare_mask(mask, pixels.shape, prompts, num_videos_per_prompt)
+            pixels = self._repeat(pixels, prompts, num_videos_per_prompt, "video")
             num_frames, height, width = pixels.shape[2:]
             masked = hide(pixels, pixel_mask)
             in_range = bool((masked.abs() <= 1 + 1e-3).all())  # false for NaN too
@@ -415,7 +435,7 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
         if takes.num_classes is not None:
             labels = takes.num_classes if class_labels is None else class_labels
             classes = torch.tensor([labels] if isinstance(labels, int) else labels, device=device)
-            positive["class_labels"] = self._repeat(classes, b, "class_labels")
+            positive["class_labels"] = self._repeat(classes, prompts, num_videos_per_prompt, "class_labels")
             negative["class_labels"] = torch.full_like(positive["class_labels"], takes.num_classes)
         use_cache = takes.isolate_given and condition_mask is not None and not self.transformer.is_cache_enabled
         given_cache = GivenCache() if use_cache else None

@@ -56,17 +56,25 @@ def load_text_encoder(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedMod
 
 @torch.no_grad()
 def encode_text(
-    tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel, prompts: Sequence[str], max_length: int = 128
+    tokenizer: PreTrainedTokenizerBase,
+    encoder: PreTrainedModel,
+    prompts: Sequence[str],
+    max_length: int = 128,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """States `b n d` and mask bool `b n` (true = token), padded to the longest prompt. A prompt that is cut, to `max_length`
-    tokens or to the positions that the encoder has, is named."""
+    tokens or to the positions that the encoder has, is named.
+
+    Args:
+        device: where the encoder computes, if that is not where its weights are, as under sequential CPU offload.
+    """
     max_length = min(max_length, getattr(encoder.config, "max_position_embeddings", max_length))
     tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
     lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > max_length:
             logger.warning(f"a prompt of {length} tokens is cut to the first {max_length}: {prompt[:80]!r}...")
-    tokens = tokens.to(encoder.device)
+    tokens = tokens.to(encoder.device if device is None else device)
     states = encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
     mask = tokens.attention_mask.bool().to(states.device)  # under CPU offload the encoder has moved meanwhile
     # Padding's states are noise that depends on the batch; zeros make the same prompt the same tensor.

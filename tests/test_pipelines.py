@@ -1,3 +1,4 @@
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,14 @@ def test_hidden_pixels_change_nothing(tiny_pipeline: STGenPipeline) -> None:
         seen[-1] += [x.clone() for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
 
     tiny_pipeline.transformer.register_forward_pre_hook(record, with_kwargs=True)
-    for fill in (0, 255):
-        clip = video()
+    for fill in (0, 1, -1, math.nan):
+        clip = as_float(video())
         clip[hidden] = fill
         seen.append([])
-        tiny_pipeline("a 3", video=as_float(clip), mask=mask, num_inference_steps=2, generator=seeded())
-    assert len(seen[0]) == len(seen[1]) > 0
-    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+        tiny_pipeline("a 3", video=clip, mask=mask, num_inference_steps=2, generator=seeded())
+    for other in seen[1:]:
+        assert len(seen[0]) == len(other) > 0
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
 def test_siblings_are_the_same_loop_under_a_mask(tiny_pipeline: STGenPipeline) -> None:
@@ -200,6 +202,47 @@ def test_text_encoder_that_an_offload_hook_moves(tiny_pipeline: STGenPipeline) -
     assert states.device == mask.device == torch.device("meta")
 
 
+def test_text_encoder_whose_weights_come_when_it_is_called(tiny_pipeline: STGenPipeline) -> None:
+    """Under sequential CPU offload they are on the meta device before, where token ids would be lost."""
+    encoder, arguments = tiny_pipeline.text_encoder, {"do_classifier_free_guidance": False}
+    expected = tiny_pipeline.encode_prompt("a 3", **arguments)[0]
+    weights, buffers = encoder.state_dict(), dict(encoder.named_buffers())
+
+    def bring(module: torch.nn.Module, *given: Any) -> None:
+        module.to_empty(device="cpu")
+        module.load_state_dict(weights)
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+
+    encoder.to("meta").register_forward_pre_hook(bring, with_kwargs=True)
+    assert torch.equal(tiny_pipeline.encode_prompt("a 3", device=torch.device("cpu"), **arguments)[0], expected)
+
+
+def test_prompts_are_encoded_without_the_other_parts(tiny_pipeline: STGenPipeline, tiny_pipeline_folder: Path) -> None:
+    alone = STGenPipeline.from_pretrained(tiny_pipeline_folder, transformer=None, vae=None)
+    for ours, expected in zip(alone.encode_prompt("a 3"), tiny_pipeline.encode_prompt("a 3"), strict=True):
+        assert torch.equal(ours, expected)
+    without = STGenPipeline.from_pretrained(tiny_pipeline_folder, text_encoder=None, tokenizer=None)
+    with pytest.raises(ValueError, match="prompt is 'a 3', allowed: None, since there is no text encoder"):
+        without("a 3", guidance_scale=1.0)
+
+
+def test_given_videos_are_resized_as_training_clips_are(tiny_pipeline: STGenPipeline) -> None:
+    """In whatever form: bicubic and antialiased, like Pillow's; a checkerboard turns grey, and no pixel leaves the range."""
+    frames = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
+    frames[1] = 255 * (np.indices((32, 48)).sum(0) % 2)[..., None]
+    small = [Image.fromarray(frame).resize((24, 16), Image.Resampling.BICUBIC) for frame in frames]
+    expected = torch.from_numpy(np.stack(small)).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    for form in (
+        as_float(frames),
+        torch.from_numpy(as_float(frames)).movedim(-1, 1),
+        [Image.fromarray(x) for x in frames],
+    ):
+        resized = tiny_pipeline.prepare_video(form, 16, 24)
+        torch.testing.assert_close(resized, expected, atol=0.02, rtol=0)
+        assert resized.abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -210,6 +253,7 @@ def test_text_encoder_that_an_offload_hook_moves(tiny_pipeline: STGenPipeline) -
         ({"prompt": "a", "video": as_float(video()), "mask": torch.ones(8, 16, 16)}, "mask.shape"),
         ({"prompt": "a", "video": as_float(video()), "mask": torch.full((9, 16, 16), 0.5)}, "only 1"),
         ({"prompt": ["a"] * 3, "video": np.stack([as_float(video())] * 2), "mask": torch.ones(9, 16, 16)}, "video is"),
+        ({"prompt": ["a"] * 4, "video": np.stack([as_float(video())] * 2), "mask": torch.ones(9, 16, 16)}, "video is"),
         ({"prompt": "a", "num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"prompt": "a", "num_frames": 0}, "num_frames is 0, allowed: 1 or more"),
         ({"prompt": "a", "height": 0}, "height is 0"),
