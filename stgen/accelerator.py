@@ -211,6 +211,6 @@ def stop_on_value_error() -> Iterator[None]:
     """A user's mistake ends the process with its one line and exit status 2, not with a traceback."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that is none or may not be written to
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -376,8 +376,12 @@ def write_average(run: str | Path, width: float, out: str | Path, samples: int |
     require(not out.exists() or not any(out.iterdir()), "out", str(out), "a new or empty folder")
     # A VAE is trained inside its objective.
     average = {key.removeprefix("vae."): value for key, value in reconstruct_average(run, width, samples).items()}
-    shutil.copytree(export, out, dirs_exist_ok=True)
-    trained = out / "transformer" if (out / "transformer").is_dir() else out
+    # Under another name until it is whole: half of it would open as a pipeline with other weights.
+    partial = out.with_name(f"{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    shutil.copytree(export, partial)
+    trained = partial / "transformer" if (partial / "transformer").is_dir() else partial
     for path in sorted(trained.glob("diffusion_pytorch_model*.safetensors")):
         if ".raw" in path.name:
             continue
@@ -390,4 +394,9 @@ def write_average(run: str | Path, width: float, out: str | Path, samples: int |
             )
             tensors[key] = value.to(tensors[key].dtype)
         save_file(tensors, path, metadata)
-    require(not average, f"averaged weights of {run}", sorted(average)[:3], f"those of {trained}")
+    if average:
+        shutil.rmtree(partial)
+    require(not average, f"averaged weights of {run}", sorted(average)[:3], f"those of {export}")
+    if out.exists():
+        out.rmdir()
+    partial.rename(out)

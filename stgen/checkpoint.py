@@ -94,20 +94,24 @@ def fault(folder: Path, share: slice | None = slice(None)) -> str | None:
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())
+        sizes, sums = ({name: entry[key] for name, entry in files.items()} for key in ("size", "sha256"))
         read_progress(folder)
-    except (OSError, ValueError, TypeError) as error:
-        return f"{MANIFEST} or {PROGRESS} cannot be read: {error}"
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {entry['size']}"
-    names = sorted(files)[share] if share else []
-    with ThreadPoolExecutor() as pool:
-        for name, found in zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True):
-            if found != files[name]["sha256"]:
-                return f"{name} has other bytes than those that were written"
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # JSON of another form too
+        return f"{MANIFEST} or {PROGRESS} cannot be read: {error!r}"
+    try:
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {size}"
+        names = sorted(files)[share] if share else []
+        with ThreadPoolExecutor() as pool:
+            for name, found in zip(names, pool.map(lambda name: sha256(folder / name), names), strict=True):
+                if found != sums[name]:
+                    return f"{name} has other bytes than those that were written"
+    except OSError as error:  # the disk's
+        return f"a file cannot be read: {error}"
     return None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from stgen import STGenPipeline
+from stgen import STGenPipeline, averaging
 from stgen.averaging import (
     AveragedWeights,
     power_decay,
@@ -213,7 +213,9 @@ def test_snapshots_after_the_checkpoint_are_made_again(training_world: Path, tmp
 
 
 @pytest.mark.slow
-def test_a_run_leaves_what_any_average_of_it_is_made_of(training_world: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_what_any_average_of_it_is_made_of(
+    training_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`optimizer.average=power`, then `stgen average`: a folder that opens."""
     power = ("optimizer.average=power", "optimizer.snapshot_every=4", "samples=64", "log_every=100")
     run_training(training_world, tmp_path / "whole", *power)
@@ -232,6 +234,10 @@ def test_a_run_leaves_what_any_average_of_it_is_made_of(training_world: Path, tm
     assert any(not torch.equal(wide[name], rebuilt[name]) for name in wide)
     with pytest.raises(ValueError, match="a new or empty folder"):
         write_average(tmp_path / "whole", 0.1, out)
+    monkeypatch.setattr(averaging, "reconstruct_average", lambda *arguments: {"another.weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"averaged weights of .* is \['another.weight'\], allowed: those of .*export"):
+        write_average(tmp_path / "whole", 0.1, tmp_path / "other")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("other")], "nothing that could be opened"
 
 
 # --- Weights that are split over processes ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import ACCELERATE, launch_arguments
 
+from stgen import checkpoint
 from stgen.accelerator import StopRequests
 from stgen.checkpoint import (
     MANIFEST,
@@ -32,6 +33,7 @@ from stgen.checkpoint import (
     read_progress,
     resume,
     save_checkpoint,
+    sha256,
 )
 from stgen.durable import only_job
 from stgen.export import find_checkpoint
@@ -92,6 +94,8 @@ TORN = {
     "model.safetensors has other bytes": lambda f: flip(f, "model.safetensors"),
     "manifest.json or progress.json cannot be read": lambda f: cut(f, MANIFEST),
     "No such file": lambda f: (f / MANIFEST).unlink(),
+    "cannot be read: AttributeError": lambda f: (f / MANIFEST).write_text("[]"),
+    "cannot be read: KeyError": lambda f: (f / MANIFEST).write_text('{"model.safetensors": {}}'),
 }
 
 
@@ -109,6 +113,22 @@ def test_a_torn_checkpoint_is_named_and_passed_over(
     assert f"{newest} is passed over: " in output
     assert reason in output
     assert newest.exists(), "it is left for whoever wants to look at it"
+
+
+def test_a_checkpoint_that_the_disk_cannot_read_is_passed_over(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trainer.save(1)
+    newest = trainer.save(2)
+
+    def broken(path: Path) -> str:
+        if newest in path.parents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", broken)
+    assert trainer.resume().step == 1
+    assert f"{newest} is passed over: a file cannot be read: [Errno 5]" in capsys.readouterr().out
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_begin_anew_by_itself(trainer: Trainer) -> None:

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from test_validation import read
 
 from stgen import STGenPipeline
-from stgen.config import load_config
+from stgen.config import load_config, save_config
 from stgen.data.reading import ClipDataset, fold_seed
+from stgen.loop import check_run
 from stgen.masks import MASKS, MaskSpec
 from stgen.train import TrainConfig, resolve_stages
 
@@ -109,6 +110,21 @@ def test_the_first_stage_is_the_run_without_stages(
     split = run_training(training_world, tmp_path / "split", stages({"samples": 8}, {}))
     ours, theirs = losses_of(split), losses_of(usual)
     assert [ours[n] == theirs[n] for n in (4, 8, 12)] == [True, True, False]
+
+
+def test_a_stage_may_change_what_a_run_may(training_world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def told(first: dict) -> TrainConfig:
+        return load_config(TrainConfig, None, training_settings(training_world, run, stages(first, {})))
+
+    begun = {"samples": 8, "batch_size": 4, "data": {"path": "here"}}
+    (run / "checkpoints" / "step-1").mkdir(parents=True)
+    save_config(told(begun), run / "config.yaml")
+    check_run(told({**begun, "batch_size": 2, "data": {"path": "there"}}))
+    for change, name in (({"samples": 12}, "samples"), ({"text_dropout": 0.5}, "text_dropout")):
+        with pytest.raises(ValueError, match=rf"stages\[0\]\.{name} is {change[name]}, allowed: .* was begun"):
+            check_run(told(begun | change))
 
 
 def test_each_stage_has_an_order_of_its_own(training_world: Path) -> None:
