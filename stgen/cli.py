@@ -412,6 +412,9 @@ def main() -> None:
     except (ValueError, OSError) as error:  # OSError: a full disk, a folder that is none or may not be written to
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; one of stgen's extras brings it (pyproject.toml)", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -50,6 +49,7 @@ from stgen.data.shards import (
     Damage,
     Index,
     open_index,
+    open_tar,
     write_index,
 )
 from stgen.data.sources import Source, open_source
@@ -429,7 +429,7 @@ class _Encoder:
         try:
             damaged: list[Damage] = []
             with temporary.open("wb") as file:
-                with wds.TarWriter(file, encoder=False, mtime=0) as tar:
+                with open_tar(file) as tar:
                     for sample in self._samples(rows, damaged):
                         tar.write(sample)
                         update(1)

@@ -28,7 +28,7 @@ from stgen.data import sources
 from stgen.data.color import to_rgb
 from stgen.data.reading import ClipDataset, ClipOrder, DamageLog, DataConfig, clip_loader
 from stgen.data.shards import COLUMNS, INDEX, SKIPPED, Damage, Index, ShardWriter, open_index, write_index
-from stgen.data.sources import Cached, LocalFolder, SourceError, check_name, open_source
+from stgen.data.sources import Cached, LocalFolder, SourceError, check_name, files_below, open_source
 from stgen.video import encode_video
 
 CLIPS, PER_SHARD, SHAPE = 12, 4, (2, 8, 8)
@@ -218,6 +218,39 @@ def test_sources_that_cannot_be_opened_are_one_line(url: str, message: str) -> N
         with pytest.raises(ValueError, match=message) as error:
             ClipDataset(config(url))
     assert "\n" not in str(error.value)
+
+
+def test_what_an_interrupted_writer_left_is_written_anew(tmp_path: Path) -> None:
+    clip = {"caption": "", "fps": 8.0, "num_frames": 1, "height": 8, "width": 8, "source": "noise"}
+
+    def write(clips: int) -> None:
+        with ShardWriter(tmp_path, clips_per_shard=1) as writer:
+            for i in range(clips):
+                writer.write(str(i), clip, npy=npy(np.zeros((1, 8, 8, 3), np.uint8)))
+            if clips == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(3)
+    with pytest.raises(ValueError, match="half written: the same `stgen data` command again writes it anew"):
+        write_index(tmp_path)
+    write(1)
+    assert [path.name for path in tmp_path.glob("*.tar")] == ["shard-000000.tar"]
+    assert write_index(tmp_path) == []
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(ValueError, match=r"out is .*, allowed: a folder without shards; shard-000000.tar is there"):
+        write(1)
+
+
+def test_files_behind_links_are_found_once(tmp_path: Path) -> None:
+    for name in ("data/deep/a.tar", "data/b.tar", "disk/c.tar", "disk/deep/d.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "data" / "mounted").symlink_to(tmp_path / "disk")
+    (tmp_path / "data" / "mounted twice").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "round").symlink_to(tmp_path / "data")
+    found = sorted(path.relative_to(tmp_path / "data").as_posix() for path in files_below(tmp_path / "data"))
+    assert found == ["b.tar", "deep/a.tar", "mounted/c.tar", "mounted/deep/d.tar"]
 
 
 def test_hugging_face_folders_are_known() -> None:

@@ -85,6 +85,16 @@ def test_import_is_light() -> None:
     assert output.strip() == "[]"
 
 
+def test_training_does_without_what_writes_shards() -> None:
+    code = "import sys; sys.modules['webdataset'] = None; import stgen.train, stgen.train_vae, stgen.plan"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys; sys.modules['skimage'] = None; from stgen.cli import main; main()"
+    command = [sys.executable, "-c", code, "evaluate", "--pipeline", "moving_mnist_64", "--data", "x", "--out", "y"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "one of stgen's extras brings it" in run.stderr.splitlines()[-1]
+
+
 def test_golden_model_index(tiny_pipeline_folder: Path) -> None:
     # Module paths are an on-disk format: folders saved today must open tomorrow.
     index = json.loads((tiny_pipeline_folder / "model_index.json").read_text())

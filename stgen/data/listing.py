@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stgen.config import require
+from stgen.data.sources import files_below
 from stgen.tables import read_table
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".gif", ".m4v")
@@ -66,7 +67,7 @@ def find_videos(folder: str | Path, suffixes: tuple[str, ...] = VIDEO_SUFFIXES) 
     """
     folder = Path(folder)
     require(folder.is_dir(), "videos", str(folder), "a folder of videos, or a table .csv, .jsonl or .parquet of them")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+    paths = sorted(path for path in files_below(folder) if path.suffix.lower() in suffixes and path.is_file())
     require(len(paths) > 0, "videos", str(folder), f"a folder with files {', '.join(suffixes)} at any depth")
     return paths
 

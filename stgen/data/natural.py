@@ -17,6 +17,7 @@ licence for them. So train and measure on these clips, and credit Blender, but d
 
 import importlib.metadata
 import json
+import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -250,6 +251,8 @@ def write_natural(
             return
         raise ValueError(f"out is {str(out)!r}, allowed: a folder without {INDEX}, or with one of the same arguments")
     out.mkdir(parents=True, exist_ok=True)
+    for killed in out.glob(".parts-*"):
+        shutil.rmtree(killed)
 
     indices: dict[str, list[int]] = {"atari": [], "video": []}
     for index in range(clips):

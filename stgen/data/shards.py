@@ -24,10 +24,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, overload
+from typing import Any, BinaryIO, NamedTuple, overload
 
 import numpy as np
-import webdataset as wds
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -48,29 +47,50 @@ ENCODING = "encode.json"
 CLIP_FIELDS = ("caption", "fps", "num_frames", "height", "width", "source")
 PARTS = ".parts"
 """What `stgen data shard` keeps in a folder while it is at work, or was killed."""
+WRITING = ".writing"
+"""Stands in a folder while a `ShardWriter` is at work, or was killed."""
 PICKLES = ("pkl", "pickle", "pyd", "pth", "pt")
 """Extensions that WebDataset unpickles, which runs whatever code the file holds."""
+
+
+def open_tar(file: str | BinaryIO) -> Any:
+    """WebDataset's writer of a tar, whose bytes follow from those of its samples.
+
+    Raises:
+        ValueError: the package webdataset is missing.
+    """
+    try:
+        import webdataset as wds  # reading and training do without
+    except ModuleNotFoundError as error:
+        raise ValueError("writing shards needs the package webdataset: pip install 'stgen[data]'") from error
+    return wds.TarWriter(file, encoder=False, mtime=0)
 
 
 class ShardWriter:
     """Writes `shard-000000.tar`, ... of `clips_per_shard` clips and, on a clean exit, `index.jsonl`.
 
     The same samples in the same order give the same bytes. The index is written last and renamed into place, so a
-    folder with an index is a whole data set and a folder without one is an interrupted attempt.
+    folder with an index is a whole data set. What an interrupted attempt left is written anew.
 
     Raises:
-        ValueError: the folder already holds an index; nothing is ever overwritten.
+        ValueError: the folder already holds an index, or shards that no writer left; nothing else is ever overwritten.
     """
 
     def __init__(self, folder: str | Path, clips_per_shard: int = 1000) -> None:
         require(clips_per_shard >= 1, "clips_per_shard", clips_per_shard, "1 or more")
         self.folder = Path(folder)
         require(not (self.folder / INDEX).exists(), "out", str(folder), f"a folder without {INDEX}")
+        left = list(self.folder.glob("shard-*.tar"))
+        interrupted = not left or (self.folder / WRITING).exists()
+        require(interrupted, "out", str(folder), f"a folder without shards; {left[0].name if left else ''} is there")
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / WRITING).touch()
+        for path in left:
+            path.unlink()
         self.clips_per_shard = clips_per_shard
         self.count = 0
         self._shards: list[Path] = []
-        self._tar: wds.TarWriter | None = None
+        self._tar: Any = None
 
     def write(self, key: str, clip: dict[str, Any], **files: bytes) -> None:
         """Adds one sample: `clip` holds `CLIP_FIELDS`, `files` the bytes by extension, such as `mp4=...`."""
@@ -81,7 +101,7 @@ class ShardWriter:
         if self.count % self.clips_per_shard == 0:
             self._close_shard()
             self._shards.append(self.folder / f"shard-{len(self._shards):06d}.tar")
-            self._tar = wds.TarWriter(str(self._shards[-1]), encoder=False, mtime=0)
+            self._tar = open_tar(str(self._shards[-1]))
         assert self._tar is not None
         self._tar.write({"__key__": key, "json": json.dumps(clip).encode(), **files})
         self.count += 1
@@ -99,6 +119,7 @@ class ShardWriter:
         if kind is None:
             skipped = write_index(self.folder, self._shards)
             assert not skipped, skipped  # they were written just now
+            (self.folder / WRITING).unlink()
 
 
 # --- Indexing -----------------------------------------------------------------------------------------------------
@@ -449,6 +470,8 @@ def _require_finished(folder: Path) -> None:
         raise ValueError(f"data {folder} is half written: the same `stgen data shard` again goes on with it")
     if (folder / ENCODING).is_file() and not (folder / INDEX).is_file():
         raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
+    if any(folder.rglob(WRITING)):
+        raise ValueError(f"data {folder} is half written: the same `stgen data` command again writes it anew")
 
 
 def missing_parts(source: LocalFolder, index: Index) -> dict[int, str]:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from stgen.data.filters import Duplicates
 from stgen.data.listing import VideoFile, list_videos
 from stgen.data.parts import data_path, record_path, write_parts
 from stgen.data.reading import decode_clip
-from stgen.data.shards import INDEX, PARTS, write_index
+from stgen.data.shards import INDEX, PARTS, open_tar, write_index
 from stgen.durable import only_job, replacing
 from stgen.video import Frames, Row, contact_sheet
 
@@ -219,7 +218,7 @@ class _Merge:
         path = folder / f"shard-{len(self.shards[shape]):06d}.tar"
         samples, self._open[shape] = self._open[shape], []
         if not path.exists():  # one that exists is whole
-            with replacing(path) as temporary, wds.TarWriter(str(temporary), encoder=False, mtime=0) as tar:
+            with replacing(path) as temporary, open_tar(str(temporary)) as tar:
                 for sample in samples:
                     data = {sample.extension: self._load(sample)}
                     tar.write({"__key__": sample.key, "json": json.dumps(sample.clip).encode(), **data})
