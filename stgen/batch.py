@@ -87,7 +87,9 @@ def run_batch(
         _remove_torn(out)
         earlier = {row["id"]: Result(**row) for row in _read_rows(out / "results.jsonl") if row["status"] == "done"}
         results = {r.id: earlier.get(r.id, _done(r)) for r in wanted if _video(out, r).exists()}
-        _write_rows(out / "results.jsonl", map(dataclasses.asdict, results.values()))
+        asked = {request.id for request in wanted}
+        others = [row for id, row in earlier.items() if id not in asked and (out / f"{id}.mp4").exists()]
+        _write_rows(out / "results.jsonl", map(dataclasses.asdict, [*results.values(), *others]))
         todo = [request for request in wanted if request.id not in results]
         if todo:
             failed = 0
@@ -106,7 +108,7 @@ def run_batch(
                     bar.update()
         _remove_torn(out)
         ordered = [results[request.id] for request in wanted]
-        _write_rows(out / "results.jsonl", map(dataclasses.asdict, ordered))
+        _write_rows(out / "results.jsonl", map(dataclasses.asdict, [*ordered, *others]))
     return ordered
 
 

@@ -94,7 +94,7 @@ class Pool:
             RuntimeError: a worker cannot start.
         """
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         kind: Any = ray.remote(worker_class).options(num_gpus=self.gpus_per_actor, num_cpus=self.cpus_per_actor)
         deaths: Counter[int | None] = Counter()  # by the task's place; at None those of workers that were starting
@@ -114,14 +114,16 @@ class Pool:
             result, failure, usable, again = None, "", True, False
             try:
                 result = ray.get(ref)
+                if place is None:
+                    deaths[None] = 0  # in a row: over days, machines come and go
             except RayTaskError as error:
                 cause = getattr(error, "cause", error)
                 failure = " ".join(f"{type(cause).__name__}: {cause}".split())
                 # Another error than our refusals may be a fault of the GPU, after which nothing works in that process.
                 usable = isinstance(cause, ValueError)
-            except RayActorError as error:
+            except RayError as error:  # an actor's death; one for want of memory is no RayActorError
                 deaths[place] += 1
-                if place is None and (error.actor_init_failed or deaths[place] == _TRIES):
+                if place is None and (getattr(error, "actor_init_failed", False) or deaths[place] == _TRIES):
                     raise RuntimeError(f"a worker can't load {loads}: {error}") from error
                 failure, usable, again = f"its worker died {_TRIES} times", False, deaths[place] < _TRIES
             if place is not None:
