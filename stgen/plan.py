@@ -265,6 +265,8 @@ def open_objective(plan: Plan, config: TrainVAEConfig, accelerator: Accelerator)
     device, distance = accelerator.device, None
     if config.perceptual is not None:
         distance = refused(plan.problems, partial(PerceptualDistance, config.perceptual.network, device))
+    if config.validation is not None:
+        refused(plan.problems, partial(PerceptualDistance, config.validation.network, device))
     torch.manual_seed(config.seed)
     vae = refused(plan.problems, lambda: make_vae(config).to(device))
     if vae is None or (config.perceptual and distance is None):
@@ -407,8 +409,9 @@ def plan_disk(plan: Plan, config: LoopConfig) -> None:
     while not folder.exists():
         folder = folder.parent
     plan.disk_free = shutil.disk_usage(folder).free
-    # One more than are kept stands there while the next is written.
-    needed = (config.keep_checkpoints + 1) * plan.checkpoint_bytes + plan.export_bytes + plan.snapshot_bytes
+    # The one that validated best is kept beside the last, and one more stands there while the next is written.
+    standing = config.keep_checkpoints + (getattr(config, "validation", None) is not None) + 1
+    needed = standing * plan.checkpoint_bytes + plan.export_bytes + plan.snapshot_bytes
     if not plan.samples_done and needed > plan.disk_free:
         plan.problems.append(
             f"run: {folder} has {in_bytes(plan.disk_free)} free, checkpoints, averages and export take {in_bytes(needed)}"

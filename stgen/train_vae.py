@@ -94,7 +94,7 @@ class TrainVAEConfig(LoopConfig):
     must agree. Twice the compute; 0 switches it off."""
     masks: list[MaskSpec] = field(default_factory=lambda: [MaskSpec()])
     """Mixture of masks; its clips are shown with the masked pixels hidden, as the transformer's condition is."""
-    masked_fraction: float = 0.5
+    masked_fraction: float = 0.0
     """Share of clips that are shown masked."""
     mask_target: str = "shown"
     """What a masked clip is reconstructed to. shown: itself, hidden pixels and all, since the transformer's condition is
@@ -119,6 +119,9 @@ class TrainVAEConfig(LoopConfig):
         require_arguments(AutoencoderKLSTGen, self.model, "model", excluded=measured)
         for name in ("masked_fraction", "image_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        require(
+            self.masks or self.masked_fraction == 0, "masks", self.masks, "at least one with masked_fraction above 0"
+        )
         for name in ("kl_weight", "ping_pong_weight"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(self.mask_target in ("shown", "original"), "mask_target", self.mask_target, "shown or original")
@@ -177,11 +180,15 @@ def freeze(vae: AutoencoderKLSTGen, config: TrainVAEConfig) -> AutoencoderKLSTGe
     """Leaves open to training what trains.
 
     Raises:
-        ValueError: a pattern of `frozen` matches nothing, or nothing is left.
+        ValueError: a pattern of `frozen` matches nothing, or nothing is left, or not what a discriminator needs.
     """
     trained = names_to_train(vae, config.frozen)
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(name in trained)
+    weighed = config.discriminator is None or vae.decoder.conv_out.weight.requires_grad
+    require(
+        weighed, "frozen", config.frozen, "all but decoder.conv_out, whose gradients weigh the discriminator's loss"
+    )
     return vae
 
 
@@ -200,13 +207,15 @@ def make_vae(config: TrainVAEConfig) -> AutoencoderKLSTGen:
         raise ValueError(f"init is {config.init!r}, allowed: {allowed}: {error}") from error
     if isinstance(given, AutoencoderKL):
         require_arguments(inflate, config.model, "model", excluded=("image_vae",))
-        return freeze(inflate(given, **config.model), config)
-    require(isinstance(given, AutoencoderKLSTGen), "init", config.init, allowed)
-    vae = AutoencoderKLSTGen(**config.model)
-    load_every_tensor(vae, given.state_dict(), f"init: {config.init}")
-    freeze(vae, config)
-    if not any(parameter.requires_grad for parameter in vae.encoder.parameters()):
+        vae = inflate(given, **config.model)
+    else:
+        require(isinstance(given, AutoencoderKLSTGen), "init", config.init, allowed)
+        vae = AutoencoderKLSTGen(**config.model)
+        load_every_tensor(vae, given.state_dict(), f"init: {config.init}")
         vae.register_to_config(latents_mean=given.config.latents_mean, latents_std=given.config.latents_std)
+    freeze(vae, config)
+    if any(parameter.requires_grad for parameter in vae.encoder.parameters()):  # its latents will be others
+        vae.register_to_config(latents_mean=None, latents_std=None)
     return vae
 
 

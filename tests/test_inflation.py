@@ -92,6 +92,9 @@ def test_the_trainer_begins_with_an_inflated_vae(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = image.encode(x[:, :, 0]).latent_dist.mode()
         torch.testing.assert_close(vae.encode(x).latent_dist.mode()[:, :, 0], expected, atol=1e-5, rtol=1e-5)
+    assert vae.config.latents_mean is None, "measured when the encoder is trained"
+    frozen = make_vae(load_config(TrainVAEConfig, None, [*options, "frozen=['encoder.*']"]))
+    assert frozen.config.latents_mean == inflate(image).config.latents_mean is not None
     with pytest.raises(ValueError, match="model is 'norm', allowed: temporal_downsample"):
         make_vae(load_config(TrainVAEConfig, None, [*options, "model.norm=group"]))
 

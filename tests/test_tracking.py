@@ -63,6 +63,7 @@ def test_peaks_are_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", 181e12),
         ("NVIDIA L4", 121e12),
         ("Tesla T4", None),
     ):

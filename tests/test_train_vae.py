@@ -158,6 +158,10 @@ def test_a_frozen_encoder_keeps_its_latents_and_their_statistics(tmp_path: Path)
     assert part.config.latents_mean is None, "measured anew"
     with pytest.raises(ValueError, match=r"frozen is 'encode\.\*', allowed: a pattern of some"):
         make_vae(TrainVAEConfig(model=model, frozen=["encode.*"]))
+    with pytest.raises(ValueError, match=r"frozen is \['decoder\.\*'\], allowed: all but decoder.conv_out"):
+        make_vae(TrainVAEConfig(model=model, frozen=["decoder.*"], discriminator=DiscriminatorConfig()))
+    with pytest.raises(ValueError, match=r"masks is \[\], allowed: at least one"):
+        TrainVAEConfig(masks=[], masked_fraction=0.5)
 
 
 @dataclass
