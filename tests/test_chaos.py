@@ -69,6 +69,9 @@ def disturb(world: Path, name: str, strategy: str, kills: int, seed: int) -> lis
     while len(ways) < kills and "not" not in ways:
         run = start(world, name, strategy)
         ways.append(kill_at_random(run, world / name / "checkpoints", dice))
+        if ways == ["not"]:  # ended before the first: once more, or nothing was disturbed
+            shutil.rmtree(world / name)
+            ways.clear()
     start(world, name, strategy).succeed()
     return ways
 
