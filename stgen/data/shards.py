@@ -470,7 +470,7 @@ def _require_finished(folder: Path) -> None:
         raise ValueError(f"data {folder} is half written: the same `stgen data shard` again goes on with it")
     if (folder / ENCODING).is_file() and not (folder / INDEX).is_file():
         raise ValueError(f"data {folder} is half encoded: the same `stgen data encode` again goes on with it")
-    if any(folder.rglob(WRITING)):
+    if any(not (path.parent / INDEX).is_file() for path in folder.rglob(WRITING)):
         raise ValueError(f"data {folder} is half written: the same `stgen data` command again writes it anew")
 
 
