@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,13 +82,6 @@ def tiny_text_encoder(folder: Path, hidden_size: int = 16) -> tuple[PreTrainedTo
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos", type=float, metavar="MINUTES", help="kill and rerun for so long (test_chaos.py)")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, files with slow tests go first, so that no process ends with a long one while the others idle."""
-    if hasattr(config, "workerinput"):
-        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
