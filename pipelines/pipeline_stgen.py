@@ -225,7 +225,11 @@ class STGenPipeline(SafetensorsOnly, CogVideoXLoraLoaderMixin, DiffusionPipeline
 
     def prepare_video(self, video: Video, height: int | None, width: int | None) -> Tensor:
         """A video or a batch of them, in any form, as `b c t h w` in [-1, 1], resized only if another size is asked for:
-        bicubic and antialiased like the training clips, without leaving the range of the pixels."""
+        bicubic and antialiased like the training clips, without leaving the range of the pixels.
+
+        Raises:
+            ValueError: a size below 1.
+        """
         pixels = self._input_processor.preprocess_video(video).to(self._execution_device, torch.float32)
         for name, value in (("height", height), ("width", width)):
             require(value is None or value >= 1, name, value, "1 or more")

@@ -9,8 +9,10 @@ encode() {
         --batch-size 32 --out "$run/data/$2"
 }
 encode_clips() {
-    # Whole or not at all, since a folder that is there is not made again.
-    [ -d "$run/text" ] || { stgen shrink-text-encoder --data "$run/data/train" --out "$run/text.tmp" && mv "$run/text.tmp" "$run/text"; }
+    if [ ! -d "$run/text" ]; then  # whole or not at all: one that is there is not made again
+        stgen shrink-text-encoder --data "$run/data/train" --out "$run/text.tmp"
+        mv "$run/text.tmp" "$run/text"
+    fi
     encode train encoded
     write_clips --out "$run/data/images" --clips $((2 * CLIPS)) --num-frames 1 --seed 1
     write_clips --out "$run/data/short" --clips "$CLIPS" --num-frames 5 --seed 2

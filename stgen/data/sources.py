@@ -145,6 +145,16 @@ class Source(ABC):
         raise AssertionError
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files at any depth, also behind links to folders, of which each folder is entered once."""
+    entered = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        targets = {os.path.realpath(os.path.join(root, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(name for target, name in targets.items() if target not in entered)
+        entered |= targets.keys()
+        yield from (Path(root) / name for name in names)
+
+
 class LocalFolder(Source):
     """A folder of this machine, or of a network file system."""
 
@@ -168,16 +178,6 @@ class LocalFolder(Source):
     def shards(self) -> list[str]:
         tars = (path for path in files_below(self.folder) if path.suffix == ".tar")
         return sorted(path.relative_to(self.folder).as_posix() for path in tars)
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files at any depth, also behind links to folders, of which each folder is entered once."""
-    entered = {os.path.realpath(folder)}
-    for root, folders, names in os.walk(folder, followlinks=True):
-        targets = {os.path.realpath(os.path.join(root, name)): name for name in sorted(folders, reverse=True)}
-        folders[:] = sorted(name for target, name in targets.items() if target not in entered)
-        entered |= targets.keys()
-        yield from (Path(root) / name for name in names)
 
 
 class WebFolder(Source):
