@@ -6,6 +6,7 @@ import math
 import os
 import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import losses_of, run_training, tiny_transformer, training_argumen
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import stgen.train
@@ -30,6 +31,8 @@ from stgen.optimization import (
     learning_rate,
     make_optimizer,
     muon_matrices,
+    orthogonalize,
+    orthogonalize_together,
     step_if_finite,
 )
 
@@ -175,6 +178,38 @@ def test_muon_in_float32_is_that_of_torch() -> None:
         moved = (mine - before).norm()
         assert moved > 0.1
         assert (mine - other).norm() < 0.02 * moved
+
+
+NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)
+
+
+def some_matrices(count: int) -> list[Tensor]:
+    shapes = [(8, 24), (24, 8), (16, 16), (4, 4), (32, 8)][:count]
+    return [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+
+
+def orthogonalize_as(rank: int, world: int, count: int, folder: Path) -> None:
+    """One of several processes: saves what it gets, and how much of that was its own work."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world)
+    with patch("stgen.optimization.orthogonalize", wraps=orthogonalize) as work:
+        results = orthogonalize_together(some_matrices(count), NEWTON_SCHULZ, 5)
+    torch.distributed.destroy_process_group()
+    named = {str(i): result.contiguous() for i, result in enumerate(results)}
+    save_file({**named, "done": torch.tensor(work.call_count)}, folder / f"{rank}.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "count"), [(2, 5), (3, 2)])
+def test_processes_share_the_work_of_muon(world: int, count: int, tmp_path: Path) -> None:
+    """Each matrix is done by one of them, and all get the bits of a single process; some may have nothing to do."""
+    torch.multiprocessing.spawn(orthogonalize_as, (world, count, tmp_path), world)
+    results = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(world)]
+    done = [int(result.pop("done")) for result in results]
+    assert sum(done) == count
+    assert max(done) < count
+    for result in results:
+        for i, matrix in enumerate(some_matrices(count)):
+            assert torch.equal(result[str(i)], orthogonalize(matrix, NEWTON_SCHULZ, 5))
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

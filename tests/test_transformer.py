@@ -24,6 +24,7 @@ from stgen.models.attention import (
     STGenAttnProcessor,
     STGenCrossAttention,
     Windows,
+    dispatch_attention,
     group_mask,
     parse_pattern,
 )
@@ -369,6 +370,16 @@ def test_onednn_multiplies_as_blas_does(tokens: int, dim: int, out: int, monkeyp
             layer(x)
     layer(x)  # with gradients
     assert len(calls) == (2 if large else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_what_trains_in_half_precision_on_a_cpu_attends_in_float32(dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(2, n, 2, 8, dtype=dtype) for n in (6, 5, 5))
+    at_least = torch.promote_types(dtype, torch.float32)
+    rows = (x.to(at_least).transpose(1, 2) for x in (q, k, v))
+    exact = torch.nn.functional.scaled_dot_product_attention(*rows).transpose(1, 2).to(dtype)
+    with torch.autocast("cpu", enabled=dtype != torch.float64):
+        assert torch.equal(dispatch_attention(q, k, v, None, None), exact)
 
 
 @pytest.mark.parametrize("masked", [False, True])
