@@ -214,8 +214,8 @@ def test_the_demo_at_toy_size(config: str, rounds: int, tmp_path: Path) -> None:
         "CLIPS": "16",
         "VAE": "samples=16 statistics_clips=8 model.block_out_channels=[8,16,16]",
         "TRANSFORMER": "samples=24 batch_size=4 model.num_layers=1",
-        "STAGES": "8 4 4 4 16",
-        "FURTHER": "samples=24",
+        "STAGES": "8 4 4 4 32 16",
+        "FURTHER": "samples=56",
         "EVALUATE": "--clips 2 --samples 2 --steps 2",
         "SHIPPED": "--clips 2 --samples 1 --steps 1 --text-steps 1",
     }
