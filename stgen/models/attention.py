@@ -429,8 +429,8 @@ def hooked(module: nn.Module) -> bool:
 def dispatch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
     """diffusers' `dispatch_attention_fn`; what is trained in half precision on a CPU attends in float32.
 
-    The backward of torch's fused attention in bfloat16 takes four to six times as long there as in float32, 6 ms a layer
-    more however few the tokens, which is all that the faster matrix products of a bfloat16 step gain.
+    The backward of torch's fused attention in bfloat16 takes some 6 ms a call more there than in float32, however few the
+    tokens: with few, more than the faster matrix products of a bfloat16 step gain (tests/bench/half_precision.py).
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
