@@ -4,9 +4,9 @@
     python tests/bench/half_precision.py --frames 6 --batch 4    # whole clips of it
 
 Forward and backward run in turns within one process, round after round, and the best time of each counts: in float32, under
-bfloat16's autocast, and under it with attention in bfloat16 too, as torch would have it. bfloat16 gains where the processor
-multiplies it (`avx512_bf16`, AMX), and is emulated elsewhere. `Muon` is the iteration for all matrices, what a process alone
-adds to each of its steps; N processes do 1/N each.
+bfloat16's autocast, and under it with attention in bfloat16 too, as torch would have it. bfloat16 may gain where the processor
+multiplies it (`avx512_bf16`, AMX), though not on each of these, and is emulated elsewhere. `Muon` is the iteration for all
+matrices, what a process alone adds to each of its steps; N processes do 1/N each.
 """
 
 import argparse
