@@ -2,9 +2,8 @@
 EXTRAS=demo CLIPS=${CLIPS:-20000} HELDOUT=${HELDOUT:-256}
 write_clips() { stgen data moving-mnist --size 64 --digits 2 "$@"; }
 # Latents and text states are computed once, by a text encoder small enough to ship. Images and short clips teach what digits
-# look like and how they move at a sixth to a third of the cost of whole clips; single digits what the words mean (in images,
-# three fifths of them, with whose share the reading of two digits rose as well), and, as whole clips among those of two, how a
-# digit goes on.
+# look like and how they move at a sixth to a third of the cost of whole clips; single digits, three fifths of the
+# images, what the words mean, and, as whole clips among those of two, how a digit goes on.
 encode() {
     stgen data encode --data "$run/data/$1" --vae "$run/vae/export" --text-encoder "$run/text" --max-text-length 64 \
         --batch-size 32 --out "$run/data/$2"
