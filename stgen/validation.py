@@ -6,6 +6,7 @@ number of processes, which share the work. Nothing of it reaches the training: n
 Shapes: video `b c t h w` in [-1, 1]; mask `b 1 t h w`, 1 = generate, 0 = given; latents `b z t' h' w'`.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -165,6 +166,7 @@ class Validator:
         transformer = self.pipeline.transformer
         transformer.eval()
         losses: dict[tuple[str, int, float], float] = {}
+        gains: list[list[float]] = []
         for task in self.config.tasks:
             # Task by task, so that on all processes the same layers run at the same time.
             clips = self._clips(task, self.config.clips)
@@ -172,13 +174,19 @@ class Validator:
             for i, found in zip(
                 clips, share_out(self.accelerator, clips, partial(self._losses, task), label), strict=True
             ):
-                losses |= {(task, i, time): loss for time, loss in zip(self.config.times, found, strict=True)}
+                own, gained = found
+                losses |= {(task, i, time): loss for time, loss in zip(self.config.times, own, strict=True)}
+                gains += [gained] if gained else []
         row = {"validation/loss": fmean(losses.values())}
         for task in self.config.tasks:
             some = [loss for key, loss in losses.items() if key[0] == task]
             row |= {f"validation/loss/{task}": fmean(some)} if some else {}
         for time in self.config.times:
             row[f"validation/loss/t={time:g}"] = fmean(loss for key, loss in losses.items() if key[2] == time)
+        if gains:
+            row["validation/caption_gain"] = fmean(itertools.chain(*gains))
+            for time, of_clips in zip(self.config.times, zip(*gains, strict=True), strict=True):
+                row[f"validation/caption_gain/t={time:g}"] = fmean(of_clips)
         self.accelerator.log({**row, "samples": samples}, step)
         if self.config.sheet_clips:
             self._draw(step)
@@ -190,10 +198,24 @@ class Validator:
         shapes = [clip_shape(self.dataset.row(i)) for i in range(first)]
         return [i for i, shape in enumerate(shapes) if draw_task(self.config, task, i, shape)]
 
-    def _losses(self, task: str, i: int) -> list[float]:
-        """The losses of a clip in a task, at each time."""
-        batch = collate([self.dataset[i]])
+    def _losses(self, task: str, i: int) -> tuple[list[float], list[float]]:
+        """The losses of a clip in a task, at each time; and of a task that is told captions, how much higher they are with
+        the caption of another clip, the next that has another: how far the model hears what it is told, and when.
+
+        Of a conditional diffusion model these differences are a classifier's logits (Li et al. 2023, arXiv:2303.16203).
+        """
+        batch, clips = collate([self.dataset[i]]), self.config.clips
         inputs = self.inputs(batch, self.config.tasks[task], task == PROMPTED, self.config.seed)
+        own = self._losses_at_times(inputs)
+        captions = [self.dataset.row((i + k) % clips)["caption"] for k in range(1, clips + 1)]
+        if task != PROMPTED or len(set(captions)) == 1:  # so of all clips alike, as `share_out` needs it
+            return own, []
+        other = next(caption for caption in captions if caption != batch["caption"][0])
+        states, mask = (x.to(self.accelerator.device) for x in self.text([other]))
+        told = self._losses_at_times(inputs | {"text": states, "text_mask": mask})
+        return own, [b - a for a, b in zip(own, told, strict=True)]
+
+    def _losses_at_times(self, inputs: dict[str, Tensor]) -> list[float]:
         found = []
         for time in self.config.times:
             at = inputs | {"time": torch.full_like(inputs["time"], time)}

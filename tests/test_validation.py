@@ -18,9 +18,12 @@ from stgen import AutoencoderKLSTGen, STGenPipeline
 from stgen.checkpoint import checkpoints, read_progress
 from stgen.cli import app
 from stgen.config import load_config
-from stgen.data.reading import ClipDataset, DataConfig
+from stgen.data.reading import ClipDataset, DataConfig, collate
 from stgen.export import export_checkpoint
-from stgen.train import TrainConfig
+from stgen.masks import MaskSpec
+from stgen.objective import denoising_losses
+from stgen.text import TextCache
+from stgen.train import TrainConfig, model_inputs
 from stgen.train_vae import TrainVAEConfig, train_vae
 from stgen.validation import ValidationConfig, Validator, draw_task, sample_latents
 
@@ -87,13 +90,41 @@ def test_losses_by_time_and_task(validated: tuple[Path, Rows]) -> None:
     found = validations(validated[1])
     assert [row["step"] for row in found] == [3, 6]
     for row in found:
-        assert set(row) == {"step", "samples", "validation/loss"} | {
-            f"validation/loss/{part}" for part in (*TASKS, "t=0.2", "t=0.5")
+        times = ("t=0.2", "t=0.5")
+        assert set(row) == {"step", "samples", "validation/loss", "validation/caption_gain"} | {
+            f"validation/{part}"
+            for part in (*(f"loss/{x}" for x in (*TASKS, *times)), *(f"caption_gain/{x}" for x in times))
         }
         for parts in (TASKS, ("t=0.2", "t=0.5")):
             mean = sum(row[f"validation/loss/{part}"] for part in parts) / len(parts)
             assert mean == pytest.approx(row["validation/loss"])
+        mean = sum(row[f"validation/caption_gain/{time}"] for time in times) / len(times)
+        assert mean == pytest.approx(row["validation/caption_gain"])
     assert found[0] != found[1]
+
+
+def test_caption_gain_is_what_the_caption_of_another_clip_costs(validated: tuple[Path, Rows]) -> None:
+    run, rows = validated
+    config = load_config(TrainConfig, run / "config.yaml")
+    settings, pipeline = config.validation, STGenPipeline.from_pretrained(run / "export")
+    told = replace(config, masks=[MaskSpec("generate_all")], text_dropout=0.0, seed=settings.seed)
+    dataset, text = settings.open(config.data), TextCache(run / "cache" / "text.safetensors")
+    clips = [dataset[i] for i in range(settings.clips)]
+    assert len({clip["caption"] for clip in clips}) == len(clips)
+
+    def loss(clip: dict, caption: str, time: float) -> float:
+        inputs = model_inputs(collate([{**clip, "caption": caption}]), told, pipeline.vae, text, torch.device("cpu"))
+        at = inputs | {"time": torch.tensor([time])}
+        return denoising_losses(pipeline.transformer.eval(), at, config.flow)["loss"].item()
+
+    for time in settings.times:
+        gains = [
+            loss(clip, other["caption"], time) - loss(clip, clip["caption"], time)
+            for clip, other in zip(clips, clips[1:] + clips[:1], strict=True)
+        ]
+        assert any(gains)
+        expected = pytest.approx(sum(gains) / len(gains), abs=1e-7)
+        assert validations(rows)[-1][f"validation/caption_gain/t={time:g}"] == expected
 
 
 def test_the_score_decides_which_checkpoint_is_best(validated: tuple[Path, Rows]) -> None:
