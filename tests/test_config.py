@@ -1,4 +1,3 @@
-import itertools
 import os
 import subprocess
 from pathlib import Path
@@ -37,10 +36,8 @@ def test_the_recipe_of_the_shipped_model_has_the_stages_it_says(file: str, varia
     stages = resolve_stages(config)
     assert len(stages) > 1
     assert stages[-1].samples == config.samples
-    for before, stage in itertools.pairwise([None, *stages[:-1]]):
-        assert stage is not None
-        length = stage.samples - (0 if before is None else before.samples)
-        assert length % (2 * stage.batch_size) == 0, length  # on one process or two
+    for begin, stage in zip([0, *(stage.samples for stage in stages)], stages, strict=False):
+        assert (stage.samples - begin) % (2 * stage.batch_size) == 0  # on one process or two
 
 
 @pytest.mark.parametrize(
