@@ -12,7 +12,7 @@ from test_validation import read, same_latents, sampled, save_sampled, validatio
 from stgen import STGenPipeline, STGenTransformer3DModel
 from stgen.config import load_config
 from stgen.export import export_checkpoint
-from stgen.finetuning import LoRAConfig, add_lora, begin_with, names_to_train
+from stgen.finetuning import LoRAConfig, add_lora, begin_with, names_to_train, separate_words
 from stgen.train import TrainConfig
 
 LORA = "lora={rank: 2, alpha: 6, targets: [to_qkv, ff.net.2]}"  # alpha is not rank, which a lost alpha would be
@@ -150,6 +150,76 @@ def test_frozen_parts_stay_to_the_bit(training_world: Path, tmp_path: Path) -> N
             assert torch.equal(weight, end[name]) == frozen, name
     averages = load_file(next((tmp_path / "run" / "checkpoints").glob("*/averages/exponential.safetensors")))
     assert not [name for name in averages if "_attn." in name]
+
+
+# --- Words that it confuses ---------------------------------------------------------------------------------------
+
+
+def confused() -> tuple[STGenTransformer3DModel, torch.Tensor]:
+    """A model whose text projection has 4 different hidden units of 24, and token states."""
+    model = tiny_transformer()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=generator)
+        first = model.text_embed.linear_1
+        first.weight.copy_(first.weight[:4].repeat(6, 1))
+        first.bias.copy_(first.bias[:4].repeat(6))
+    return model, torch.randn(400, 16, generator=generator)
+
+
+def projected(model: STGenTransformer3DModel, states: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.text_embed(states)
+
+
+def test_separated_words_change_nothing_yet() -> None:
+    model, states = confused()
+    batch = inputs(given=True) | {"encoder_hidden_states": states[:10].view(2, 5, 16)}
+    other = batch | {"encoder_hidden_states": states[10:20].view(2, 5, 16)}
+    with torch.no_grad():
+        before = model(**batch).sample
+    nearest = torch.nn.functional.pdist(projected(model, states)).min()
+    rank = torch.linalg.matrix_rank(projected(model, states), rtol=1e-4)
+    separate_words(model, states, kept=6, norm=30.0)
+    with torch.no_grad():
+        after, told_other = model(**batch).sample, model(**other).sample
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    assert (told_other - after).abs().max() > 0.01  # it hears text at all
+    assert torch.nn.functional.pdist(projected(model, states)).min() > 3 * nearest
+    assert 5 >= rank < torch.linalg.matrix_rank(projected(model, states), rtol=1e-4)
+
+
+def test_keys_and_values_learn_of_separated_words() -> None:
+    model, states = confused()
+    batch = inputs(given=False) | {"encoder_hidden_states": states[:10].view(2, 5, 16)}
+    weight = model.transformer_blocks[0].cross_attn.to_kv.weight
+
+    def directions_learned() -> int:
+        model.zero_grad()
+        model(**batch).sample.square().sum().backward()
+        return int(torch.linalg.matrix_rank(weight.grad, rtol=1e-4))
+
+    before = directions_learned()
+    separate_words(model, states, kept=6, norm=30.0)
+    assert (before, directions_learned()) == (
+        5,
+        10,
+    )  # 4 hidden units and the bias; a direction for each of the 10 tokens
+
+
+def test_words_that_nothing_confuses_stay() -> None:
+    model = tiny_transformer()
+    states = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"kept is 6, allowed: more"):
+        separate_words(model, states, kept=6, norm=30.0)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    with pytest.raises(ValueError, match=r"kept is 24, allowed: 1 to 23"):
+        separate_words(model, states, kept=24, norm=30.0)
+    with pytest.raises(ValueError, match="a model that is told text"):
+        separate_words(tiny_transformer(text_dim=None), states, kept=6, norm=30.0)
 
 
 # --- Adapters -----------------------------------------------------------------------------------------------------
