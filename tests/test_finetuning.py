@@ -202,10 +202,8 @@ def test_keys_and_values_learn_of_separated_words() -> None:
 
     before = directions_learned()
     separate_words(model, states, kept=6, norm=30.0)
-    assert (before, directions_learned()) == (
-        5,
-        10,
-    )  # 4 hidden units and the bias; a direction for each of the 10 tokens
+    # 4 hidden units and the bias; then a direction for each of the 10 tokens
+    assert (before, directions_learned()) == (5, 10)
 
 
 def test_words_that_nothing_confuses_stay() -> None:
