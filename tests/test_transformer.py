@@ -18,6 +18,7 @@ from stgen.masks import fold_mask
 from stgen.models.attention import (
     AXES,
     PREDFORMER,
+    WRITTEN_OUT,
     GivenCache,
     Linear,
     Skips,
@@ -372,14 +373,34 @@ def test_onednn_multiplies_as_blas_does(tokens: int, dim: int, out: int, monkeyp
     assert len(calls) == (2 if large else 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_what_trains_in_half_precision_on_a_cpu_attends_in_float32(dtype: torch.dtype) -> None:
-    q, k, v = (torch.randn(2, n, 2, 8, dtype=dtype) for n in (6, 5, 5))
+    """bfloat16 with more keys than are written out."""
+    q, k, v = (torch.randn(2, n, 2, 8, dtype=dtype) for n in (6, WRITTEN_OUT + 1, WRITTEN_OUT + 1))
     at_least = torch.promote_types(dtype, torch.float32)
     rows = (x.to(at_least).transpose(1, 2) for x in (q, k, v))
     exact = torch.nn.functional.scaled_dot_product_attention(*rows).transpose(1, 2).to(dtype)
     with torch.autocast("cpu", enabled=dtype != torch.float64):
         assert torch.equal(dispatch_attention(q, k, v, None, None), exact)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_trains_in_bfloat16_on_a_cpu_is_attention(masked: bool) -> None:
+    """Written out: the same values and gradients up to rounding, of queries and keys in whatever dtype."""
+    inputs = [torch.randn(2, n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (6, 5, 5)]
+    mask = torch.tensor([[True] * 5, [True, False, True, False, False]])[:, None, None] if masked else None
+    exact = dispatch_attention(*inputs, mask, None)
+    upstream = torch.randn_like(exact)
+    q, k, v = inputs[0].float(), inputs[1].float(), inputs[2].bfloat16()
+    with torch.autocast("cpu"):
+        out = dispatch_attention(q, k, v, mask, "native")
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, atol=0.02, rtol=0.02)
+    gradients = torch.autograd.grad(out, inputs, upstream.bfloat16())
+    for ours, theirs in zip(gradients, torch.autograd.grad(exact, inputs, upstream), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
+    if mask is not None:  # what is masked out has no part in it
+        assert not gradients[2][1, [1, 3, 4]].any()
 
 
 @pytest.mark.parametrize("masked", [False, True])

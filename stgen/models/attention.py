@@ -427,17 +427,42 @@ def hooked(module: nn.Module) -> bool:
 
 
 def dispatch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
-    """diffusers' `dispatch_attention_fn`; what is trained in half precision on a CPU attends in float32.
+    """diffusers' `dispatch_attention_fn`, but for what is trained in half precision on a CPU.
 
     The backward of torch's fused attention in bfloat16 takes some 6 ms a call more there than in float32, however few the
-    tokens: with few, more than the faster matrix products of a bfloat16 step gain (tests/bench/half_precision.py).
+    tokens. bfloat16 has it written out as two products up to `WRITTEN_OUT` keys, which is faster than either
+    (tests/bench/half_precision.py). More keys, and float16, attend in float32.
+
+    Args:
+        q, k, v: `b l heads head`, l of the queries and of the keys.
+        mask: bool, broadcastable to `b heads l l`, true for what is attended to; None means all.
+
+    Returns:
+        `b l heads head`, of the dtype of `v`.
     """
     if q.device.type != "cpu" or not torch.is_grad_enabled():
         return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
-    single = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     with torch.autocast("cpu", enabled=False):
+        native = (backend or _AttentionBackendRegistry.get_active_backend()[0]) == AttentionBackendName.NATIVE
+        if native and v.dtype == torch.bfloat16 and k.shape[1] <= WRITTEN_OUT:
+            return written_out_attention(q, k, v, mask)
+        single = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         out = dispatch_attention_fn(*single, attn_mask=mask, backend=backend)
     return out.to(v.dtype)
+
+
+WRITTEN_OUT = 1024
+"""Keys up to which scores are kept for backward: of four heads of 32 then as much memory as a block's other states."""
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head)) v as two matrix products of the dtype of `v`."""
+    q = q * q.shape[-1] ** -0.5
+    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
 class STGenAttnProcessor:

@@ -4,7 +4,7 @@
     python tests/bench/half_precision.py --frames 6 --batch 4    # whole clips of it
 
 Forward and backward run in turns within one process, round after round, and the best time of each counts: in float32, under
-bfloat16's autocast, and under it with attention in bfloat16 too, as torch would have it. bfloat16 may gain where the processor
+bfloat16's autocast, and under it with attention in float32, and with torch's own in bfloat16. bfloat16 may gain where the processor
 multiplies it (`avx512_bf16`, AMX), though not on each of these, and is emulated elsewhere. `Muon` is the iteration for all
 matrices, what a process alone adds to each of its steps; N processes do 1/N each.
 """
@@ -16,16 +16,16 @@ from unittest.mock import patch
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor
 
 from stgen import STGenTransformer3DModel
 from stgen.optimization import muon_matrices, orthogonalize_together
 from stgen.pretrained import find_pretrained
 
 
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, backend: str | None
-) -> torch.Tensor:
-    return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=backend)
+def torch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return dispatch_attention_fn(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, backend=backend)
 
 
 def main() -> None:
@@ -53,8 +53,12 @@ def main() -> None:
             output = model(**batch).sample
         output.float().square().mean().backward()
 
-    def step_as_torch() -> None:
-        with patch("stgen.models.attention.dispatch_attention", plain_attention):
+    def step_in_float32() -> None:
+        with patch("stgen.models.attention.WRITTEN_OUT", 0):
+            step(half=True)
+
+    def step_by_torch() -> None:
+        with patch("stgen.models.attention.dispatch_attention", torch_attention):
             step(half=True)
 
     def muon() -> None:
@@ -63,7 +67,8 @@ def main() -> None:
     runs: dict[str, Callable[[], None]] = {
         "float32": lambda: step(half=False),
         "bfloat16": lambda: step(half=True),
-        "bfloat16, attention too": step_as_torch,
+        "attention in float32": step_in_float32,
+        "torch's in bfloat16": step_by_torch,
         "Muon": muon,
     }
     best = dict.fromkeys(runs, float("inf"))
