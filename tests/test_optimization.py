@@ -123,13 +123,14 @@ def test_the_default_is_adamw_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_muon_has_the_linear_layers_of_the_blocks_and_adamw_the_rest() -> None:
+def test_muon_has_the_linear_layers_of_blocks_and_text_and_adamw_the_rest() -> None:
     model = tiny_transformer()
     names = set(muon_matrices(model))
     assert "transformer_blocks.0.spatial_attn.to_qkv.weight" in names
     assert "transformer_blocks.2.ff.net.2.weight" in names
-    assert len(names) == 3 * 7
-    outside = ("patch_embed", "proj_out", "time_embed", "time_modulation", "text_embed", "scale_shift_table")
+    assert "text_embed.linear_1.weight" in names
+    assert len(names) == 3 * 7 + 2
+    outside = ("patch_embed", "proj_out", "time_embed", "time_modulation", "scale_shift_table")
     assert not [name for name in names if any(part in name for part in outside)]
     other = copy.deepcopy(model)
     optimizer = make_optimizer(model, OptimizerConfig(name="muon", lr=1e-2))
@@ -143,7 +144,7 @@ def test_muon_has_the_linear_layers_of_the_blocks_and_adamw_the_rest() -> None:
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, adamw[name]) == (name not in names), name
     text = describe_optimizer(model, OptimizerConfig(name="muon"))
-    assert text.startswith("muon on 21 matrices of the blocks (cross_attn.to_kv, ")
+    assert text.startswith("muon on 23 hidden matrices (cross_attn.to_kv, ")
     # Convolutions are no matrices of a block.
     with pytest.raises(ValueError, match="optimizer.name is 'muon', allowed: adamw for a model without linear layers"):
         make_optimizer(torch.nn.Sequential(torch.nn.Linear(2, 2)), OptimizerConfig(name="muon"))
