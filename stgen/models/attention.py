@@ -426,6 +426,20 @@ def hooked(module: nn.Module) -> bool:
 # --- Attention ----------------------------------------------------------------------------------------------------
 
 
+WRITTEN_OUT = 1024
+"""Keys up to which scores are kept for backward: of four heads of 32 then about as much memory as a block's other states."""
+
+
+def written_out_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(head)) v as two matrix products of the dtype of `v`."""
+    q = q * q.shape[-1] ** -0.5
+    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
 def dispatch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str | None) -> Tensor:
     """diffusers' `dispatch_attention_fn`, but for what is trained in half precision on a CPU.
 
@@ -449,20 +463,6 @@ def dispatch_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bac
         single = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
         out = dispatch_attention_fn(*single, attn_mask=mask, backend=backend)
     return out.to(v.dtype)
-
-
-WRITTEN_OUT = 1024
-"""Keys up to which scores are kept for backward: of four heads of 32 then as much memory as a block's other states."""
-
-
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(head)) v as two matrix products of the dtype of `v`."""
-    q = q * q.shape[-1] ** -0.5
-    q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
 class STGenAttnProcessor:
