@@ -202,7 +202,8 @@ def fit(
     """
     run = Path(config.run)
     accelerator.print(describe_optimizer(model, config.optimizer))
-    made = make_optimizer(model, config.optimizer, accelerator.distributed_type)
+    half = accelerator.mixed_precision == "bf16"
+    made = make_optimizer(model, config.optimizer, accelerator.distributed_type, half)
     wrapped, optimizer = accelerator.prepare(model, made)
     averaged = AveragedWeights(model, config.optimizer.average, config.optimizer.ema_decay)
     averaged.register(accelerator)

@@ -126,19 +126,19 @@ def learning_rate(config: OptimizerConfig, samples: int, total: int) -> float:
 Groups = list[dict[str, Any]]
 
 
-def _adamw(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _adamw(model: torch.nn.Module, groups: Groups, config: OptimizerConfig, half: bool) -> torch.optim.Optimizer:
     # Fused kernels skip a step by themselves, so that a GPU need not be waited for; on a CPU the plain form stays.
     fused = True if torch.cuda.is_available() else None
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=fused)
 
 
-def _adamw_8bit(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _adamw_8bit(model: torch.nn.Module, groups: Groups, config: OptimizerConfig, half: bool) -> torch.optim.Optimizer:
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(groups, lr=config.lr, betas=(0.9, config.beta2))
 
 
-def _prodigy(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _prodigy(model: torch.nn.Module, groups: Groups, config: OptimizerConfig, half: bool) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     # The safeguard keeps the warm-up's small steps out of its estimate of the distance.
@@ -183,15 +183,18 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
 
 
 def orthogonalize_together(
-    matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int
+    matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int, half: bool = False
 ) -> list[Tensor]:
     """`orthogonalize` of each; where processes hold the same matrices, each does a share, and all get the results.
 
     Five steps of the iteration cost what forward and backward of three to five tokens for each row of the matrix do (of
     its shorter side): with few tokens on each process much of a training step. Bits are those of one process that does all.
 
+    Args:
+        half: iterates in bfloat16 on a CPU too.
+
     Returns:
-        The matrices `r c` in the order given, bfloat16 on a GPU, else of their own dtype.
+        The matrices `r c` in the order given, bfloat16 on a GPU or by halves, else of their own dtype.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
@@ -202,7 +205,8 @@ def orthogonalize_together(
         int(world * (end - own / 2) / sum(work)) for end, own in zip(itertools.accumulate(work), work, strict=True)
     ]
     first = matrices[0]
-    flat = torch.empty(sum(sizes), dtype=torch.bfloat16 if first.is_cuda else first.dtype, device=first.device)
+    dtype = torch.bfloat16 if first.is_cuda or half else first.dtype
+    flat = torch.empty(sum(sizes), dtype=dtype, device=first.device)
     results = [part.view_as(matrix) for part, matrix in zip(flat.split(sizes), matrices, strict=True)]
     for owner, matrix, result in zip(owners, matrices, results, strict=True):
         if owner == rank:
@@ -216,10 +220,15 @@ def orthogonalize_together(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with the iteration shared among processes, and in float32 on a CPU.
+    """torch's Muon, with the iteration shared among processes, and on a CPU in bfloat16 only where training is in it.
 
     A CPU without instructions for bfloat16 emulates it: the training step of a small model then takes four times as long.
     """
+
+    def __init__(self, groups: Groups, lr: float, half: bool) -> None:
+        # A step of 0.2 sqrt(max(rows, columns)) lr, whose root mean square is that of AdamW's steps.
+        super().__init__(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self.half = half
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -234,7 +243,7 @@ class Muon(torch.optim.Muon):
                 updates.append(weight.grad.lerp(momentum, group["momentum"]))  # Nesterov's
             if not updates:  # a stage may freeze them all
                 continue
-            updates = orthogonalize_together(updates, group["ns_coefficients"], group["ns_steps"])
+            updates = orthogonalize_together(updates, group["ns_coefficients"], group["ns_steps"], self.half)
             for weight, update in zip(weights, updates, strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
@@ -243,9 +252,8 @@ class Muon(torch.optim.Muon):
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for some parameter groups and AdamW for the others, as one optimizer with one state."""
 
-    def __init__(self, muon_groups: Groups, adamw_groups: Groups, lr: float, beta2: float) -> None:
-        # match_rms_adamw: a step of 0.2 sqrt(max(rows, columns)) lr, whose root mean square is that of AdamW's steps.
-        self.parts: list[torch.optim.Optimizer] = [Muon(muon_groups, lr=lr, adjust_lr_fn="match_rms_adamw")]
+    def __init__(self, muon_groups: Groups, adamw_groups: Groups, lr: float, beta2: float, half: bool) -> None:
+        self.parts: list[torch.optim.Optimizer] = [Muon(muon_groups, lr, half)]
         if adamw_groups:  # none where only matrices train, as with LoRA
             self.parts.append(torch.optim.AdamW(adamw_groups, lr=lr, betas=(0.9, beta2)))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -267,7 +275,7 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def _muon(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+def _muon(model: torch.nn.Module, groups: Groups, config: OptimizerConfig, half: bool) -> torch.optim.Optimizer:
     matrices = muon_matrices(model)
     require(
         len(matrices) > 0, "optimizer.name", "muon", "adamw for a model without linear layers in transformer_blocks"
@@ -275,10 +283,10 @@ def _muon(model: torch.nn.Module, groups: Groups, config: OptimizerConfig) -> to
     chosen = {id(p) for p in matrices.values()}
     rest = [{**group, "params": [p for p in group["params"] if id(p) not in chosen]} for group in groups]
     hidden = [{"params": list(matrices.values()), "weight_decay": config.weight_decay}]
-    return MuonAdamW(hidden, [group for group in rest if group["params"]], config.lr, config.beta2)
+    return MuonAdamW(hidden, [group for group in rest if group["params"]], config.lr, config.beta2, half)
 
 
-OPTIMIZERS: dict[str, Callable[[torch.nn.Module, Groups, OptimizerConfig], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[torch.nn.Module, Groups, OptimizerConfig, bool], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw_8bit": _adamw_8bit,
     "muon": _muon,
@@ -289,9 +297,15 @@ PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
 
 def make_optimizer(
-    model: torch.nn.Module, config: OptimizerConfig, strategy: DistributedType = DistributedType.NO
+    model: torch.nn.Module,
+    config: OptimizerConfig,
+    strategy: DistributedType = DistributedType.NO,
+    half: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters of `model`.
+
+    Args:
+        half: the model trains under bfloat16's autocast, so Muon iterates in bfloat16 on a CPU as well.
 
     Raises:
         ValueError: its package is missing, the model has nothing for it, or parameters are split in a way that it cannot
@@ -308,7 +322,7 @@ def make_optimizer(
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return OPTIMIZERS[config.name](model, [group for group in groups if group["params"]], config)
+    return OPTIMIZERS[config.name](model, [group for group in groups if group["params"]], config, half)
 
 
 def describe_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> str:

@@ -300,7 +300,8 @@ def real_step(
     work: Work, config: LoopConfig, batch: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> Callable[[], None]:
     """An optimizer step of `batch` clips."""
-    model, optimizer = under_precision(work.model, dtype), make_optimizer(work.model, config.optimizer)
+    model = under_precision(work.model, dtype)
+    optimizer = make_optimizer(work.model, config.optimizer, half=dtype == torch.bfloat16)
 
     def step() -> None:
         work.run(model, batch, shape)

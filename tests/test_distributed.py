@@ -184,7 +184,7 @@ def one_step(arguments: list[str]) -> None:
     config = LoopConfig(folder, data, optimizer, 8, int(batch_size), int(accumulate))
     accelerator = make_accelerator(Path(folder), config.batch_size, config.accumulate, optimizer.max_grad_norm)
     dataset, model = ClipDataset(data), Dot()
-    stgen.loop.make_optimizer = lambda model, config, kind: torch.optim.SGD(model.parameters(), lr=config.lr)
+    stgen.loop.make_optimizer = lambda model, config, *_: torch.optim.SGD(model.parameters(), lr=config.lr)
     Path(folder).mkdir(exist_ok=True)
 
     def compute_losses(wrapped: torch.nn.Module, batch: dict, samples: int) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@
 Forward and backward run in turns within one process, round after round, and the best time of each counts: in float32, under
 bfloat16's autocast, and under it with attention in float32, and with torch's own in bfloat16. bfloat16 may gain where the processor
 multiplies it (`avx512_bf16`, AMX), though not on each of these, and is emulated elsewhere. `Muon` is the iteration for all
-matrices, what a process alone adds to each of its steps; N processes do 1/N each.
+matrices in either, what a process alone adds to each of its steps; N processes do 1/N each.
 """
 
 import argparse
@@ -61,15 +61,16 @@ def main() -> None:
         with patch("stgen.models.attention.dispatch_attention", torch_attention):
             step(half=True)
 
-    def muon() -> None:
-        orthogonalize_together([w.grad for w in muon_matrices(model).values()], (3.4445, -4.775, 2.0315), 5)
+    def muon(half: bool) -> None:
+        orthogonalize_together([w.grad for w in muon_matrices(model).values()], (3.4445, -4.775, 2.0315), 5, half)
 
     runs: dict[str, Callable[[], None]] = {
         "float32": lambda: step(half=False),
         "bfloat16": lambda: step(half=True),
         "attention in float32": step_in_float32,
         "torch's in bfloat16": step_by_torch,
-        "Muon": muon,
+        "Muon": lambda: muon(half=False),
+        "Muon in bfloat16": lambda: muon(half=True),
     }
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(options.rounds):
