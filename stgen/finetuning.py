@@ -25,6 +25,7 @@ from stgen.config import require
 from stgen.models.attention import STGenCrossAttention
 from stgen.models.loading import load_every_tensor
 from stgen.models.transformer import STGenTransformer3DModel
+from stgen.models.widening import widened
 from stgen.pipelines import STGenPipeline
 from stgen.pretrained import find_pretrained
 
@@ -58,7 +59,7 @@ def begin_with(model: STGenTransformer3DModel, folder: str | Path) -> None:
     """Puts saved weights into `model`: every tensor of both, or none.
 
     A model with conditioning channels takes weights of one without: the new columns of its `patch_embed` begin at zero, so
-    that its output is that of the saved model whatever is given.
+    that its output is that of the saved model whatever is given. One with twice the heads takes them `widened`.
 
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; one line lists all that are.
@@ -71,6 +72,8 @@ def begin_with(model: STGenTransformer3DModel, folder: str | Path) -> None:
     for problem in ("missing_keys", "unexpected_keys"):
         allowed = "none: its config.json and its safetensors belong together"
         require(not report[problem], f"init: {problem} of {found}", sorted(report[problem]), allowed)
+    if model.config.num_attention_heads == 2 * saved.config.num_attention_heads:
+        saved = widened(saved)
     weights = saved.state_dict()
     channels = model.config.in_channels + model.config.mask_channels
     if model.config.mask_channels and not saved.config.mask_channels:

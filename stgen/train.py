@@ -78,8 +78,9 @@ class TrainConfig(LoopConfig):
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     init: str | None = None
     """Folder of the weights that the run begins with: a pipeline, its `transformer/`, a run's export, what `stgen convert`
-    made; null draws them from `seed`. `model` then needs to say only what shall differ, such as `mask_channels`, whose new
-    input channels begin at zero."""
+    made; null draws them from `seed`. `model` then needs to say only what shall differ: `mask_channels`, whose new input
+    channels begin at zero, or twice the `num_attention_heads`, for a wider model that does what the saved one does
+    (`stgen.models.widening`)."""
     model: dict[str, Any] = field(default_factory=dict)
     """Arguments of STGenTransformer3DModel; those that follow from VAE, text encoder and data are filled in."""
     frozen: list[str] = field(default_factory=list)
