@@ -25,7 +25,7 @@ encode_clips() {
     for part in images short single mixed; do encode "$part" "encoded_$part"; done
 }
 # Clips of each stage but the last, which has those that are left of `samples`; the last two numbers are of few_steps.yaml.
-read -r images short single mixed captioned captioned_short <<< "${STAGES:-24000 12000 8000 10000 992000 192000}"
+read -r images short single mixed captioned captioned_short <<< "${STAGES:-24000 12000 8000 10000 1097600 192000}"
 told='"text_dropout":0.1,"masks":[{"kind":"generate_all"}]'
 stages="{\"samples\":$images,\"batch_size\":8,\"data\":{\"path\":\"$run/data/encoded_images\",\"num_frames\":1},$told}"
 stages="$stages,{\"samples\":$short,\"data\":{\"path\":\"$run/data/encoded_short\",\"num_frames\":5},$told}"
