@@ -194,7 +194,7 @@ def orthogonalize_together(
         half: iterates in bfloat16 on a CPU too.
 
     Returns:
-        The matrices `r c` in the order given, bfloat16 on a GPU or by halves, else of their own dtype.
+        The matrices `r c` in the order given, bfloat16 on a GPU or with `half`, else of their own dtype.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
