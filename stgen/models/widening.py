@@ -35,7 +35,7 @@ def widened(model: STGenTransformer3DModel, seed: int = 0) -> STGenTransformer3D
         seed: of the differences.
 
     Returns:
-        On the same device and of the same dtype; float32 to train on with.
+        In float32, on the CPU.
 
     Raises:
         ValueError: `mlp_ratio` makes an MLP of a width that isn't doubled with the model's.
@@ -47,13 +47,12 @@ def widened(model: STGenTransformer3DModel, seed: int = 0) -> STGenTransformer3D
 
     def apart(weight: Tensor, first: float) -> Tensor:
         """`o i -> o i 2`, which add up to `weight`."""
-        noise = NOISE * weight.float().square().mean().sqrt() * torch.randn(weight.shape, generator=generator)
-        noise = noise.to(weight)
+        noise = NOISE * weight.square().mean().sqrt() * torch.randn(weight.shape, generator=generator)
         return torch.stack([first * weight + noise, (1 - first) * weight - noise], dim=-1)
 
     weights = {}
-    for name, weight in model.state_dict().items():
-        layers = set(name.split("."))
+    for name, saved in model.state_dict().items():
+        weight, layers = saved.float().cpu(), set(name.split("."))
         if not layers.isdisjoint({"norm_q", "norm_k", "null_text_embedding"}):  # as wide as a head, and as the text
             weights[name] = weight
             continue
@@ -71,4 +70,4 @@ def widened(model: STGenTransformer3DModel, seed: int = 0) -> STGenTransformer3D
             wider = rearrange(pair, "o (h e) two -> o (h two e)", e=e)
         weights[name] = wider
     load_every_tensor(wide, weights, "the narrow model, widened")
-    return wide.to(model.device, model.dtype).train(model.training)
+    return wide.train(model.training)
