@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -204,6 +205,18 @@ def share_out(
         found.append((i, work(items[i])))
     results = dict(gather_object(found))
     return [results[i] for i in range(len(items))]
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Ends the trackers and, where there are several processes, their group. Each process calls it last.
+
+    A thread of gloo may still hold tensors of the last collective, and takes the GIL to let go of them, while the group's
+    destructor waits for that thread: with the GIL, if it is not Python that called it, and then for ever
+    (https://github.com/pytorch/pytorch/issues/56297). So the thread gets its turn before anything is taken down.
+    """
+    if accelerator.num_processes > 1:
+        time.sleep(0.1)  # without the GIL
+    accelerator.end_training()
 
 
 @contextmanager

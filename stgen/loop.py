@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
-from stgen.accelerator import PREEMPTED, StopRequests, set_batch
+from stgen.accelerator import PREEMPTED, StopRequests, end_training, set_batch
 from stgen.averaging import AveragedWeights, rewind_snapshots
 from stgen.checkpoint import best_score, check_global_batch, checkpoints, resume, save_checkpoint, share_weights
 from stgen.config import flatten_config, require, save_config, under
@@ -275,7 +275,7 @@ def fit(
             best = min(best, score) if score is not None else best
         if stopping and samples < config.samples:
             accelerator.print(f"\nasked to stop: {run} is saved after {samples} clips, the same command goes on")
-            accelerator.end_training()
+            end_training(accelerator)
             sys.exit(PREEMPTED)
     stop.close()
     bar.close()

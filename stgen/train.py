@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from stgen.accelerator import alone_in, full_weights, make_accelerator, stop_on_value_error
+from stgen.accelerator import alone_in, end_training, full_weights, make_accelerator, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import flatten_config, override, parse_command_line, require, require_arguments, under
 from stgen.data.color import to_pixels
@@ -331,7 +331,7 @@ def train(config: TrainConfig) -> None:
     )
     with alone_in(config.run, accelerator):
         _train(config, configs, accelerator)
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 def _train(config: TrainConfig, configs: list[TrainConfig], accelerator: Accelerator) -> None:

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from stgen.accelerator import alone_in, full_weights, make_accelerator, share_out, stop_on_value_error
+from stgen.accelerator import alone_in, end_training, full_weights, make_accelerator, share_out, stop_on_value_error
 from stgen.averaging import AveragedWeights
 from stgen.config import parse_command_line, require, require_arguments
 from stgen.data.color import to_pixels
@@ -328,7 +328,7 @@ def train_vae(config: TrainVAEConfig) -> None:
     )
     with alone_in(config.run, accelerator):
         _train_vae(config, accelerator)
-    accelerator.end_training()
+    end_training(accelerator)
 
 
 def _train_vae(config: TrainVAEConfig, accelerator: Accelerator) -> None:
