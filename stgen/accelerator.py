@@ -213,6 +213,7 @@ def end_training(accelerator: Accelerator) -> None:
     A thread of gloo may still hold tensors of the last collective, and takes the GIL to let go of them, while the group's
     destructor waits for that thread: with the GIL, if it is not Python that called it, and then for ever
     (https://github.com/pytorch/pytorch/issues/56297). So the thread gets its turn before anything is taken down.
+    Read off the stacks of one process that hung after it had saved; not reproduced.
     """
     if accelerator.num_processes > 1:
         time.sleep(0.1)  # without the GIL
